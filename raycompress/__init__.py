@@ -1,0 +1,1 @@
+"""raycompress: make trained PyTorch models smaller and faster, on a Ray cluster."""

@@ -1,0 +1,80 @@
+"""The error tree: everything that raycompress raises on purpose.
+
+RaycompressError
+├── InputError              what the user gave can't work; nothing expensive has started
+│   ├── ConfigError         a job key, a value or a file
+│   ├── TaskError           the user's Task broke its contract
+│   ├── BudgetError         no candidate can meet the budget
+│   ├── ClusterError        the cluster can't host what the job asks for
+│   └── TrackingError       the tracking server can't be reached or used
+├── StructureError          masks or example inputs that don't fit the model
+├── VerificationError       the slim model doesn't compute what the masked one does
+├── EvaluationError         candidates failed, or their replicas were lost too often
+└── InterruptedJob          stopped by a signal; the same command continues
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BudgetError",
+    "ClusterError",
+    "ConfigError",
+    "EvaluationError",
+    "InputError",
+    "InterruptedJob",
+    "RaycompressError",
+    "StructureError",
+    "TaskError",
+    "TrackingError",
+    "VerificationError",
+]
+
+
+class RaycompressError(Exception):
+    """Base of all errors raised on purpose. Exit code 1."""
+
+    exit_code = 1
+
+
+class InputError(RaycompressError):
+    """What the user gave can't work; nothing expensive has started. Exit code 2."""
+
+    exit_code = 2
+
+
+class ConfigError(InputError):
+    """A job key, a value or a file is wrong."""
+
+
+class TaskError(InputError):
+    """The user's Task broke its contract."""
+
+
+class BudgetError(InputError):
+    """No candidate can meet the budget."""
+
+
+class ClusterError(InputError):
+    """The cluster can't host what the job asks for."""
+
+
+class TrackingError(InputError):
+    """The tracking server can't be reached or used."""
+
+
+class StructureError(RaycompressError):
+    """Masks, kept channels or example inputs that don't fit the model."""
+
+
+class VerificationError(RaycompressError):
+    """The slim model doesn't compute what the masked one does."""
+
+
+class EvaluationError(RaycompressError):
+    """Candidates failed, or the replicas that evaluated them were lost too often."""
+
+
+class InterruptedJob(RaycompressError):
+    """Stopped by a signal; the same command continues. Exit code 75 (EX_TEMPFAIL)."""
+
+    exit_code = 75
