@@ -1,0 +1,212 @@
+"""The job, as plain data: what a YAML file says, and what `raycompress.run` takes.
+
+Every field is a YAML key. Values are checked where they are made (`__post_init__`); types, unknown
+keys and lines of the file are the loader's business.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from raycompress.errors import ConfigError
+from raycompress.host import Evaluation
+from raycompress.targets import Target
+
+__all__ = [
+    "ClusterConfig",
+    "JobConfig",
+    "LatencyConfig",
+    "ModelConfig",
+    "SensitivityConfig",
+    "TrackingConfig",
+    "TrainingConfig",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """A training run.
+
+    Attributes:
+        epochs: Passes over the train split, above 0; a fraction ends within a pass.
+        lr: Peak learning rate, above 0; None takes the task's own.
+    """
+
+    epochs: float
+    lr: float | None = None
+
+    def __post_init__(self) -> None:
+        _positive("epochs", self.epochs)
+        if self.lr is not None:
+            _positive("lr", self.lr)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Where the dense weights come from.
+
+    Attributes:
+        weights: A state dict to load into `build_model()`: .safetensors, or .pt/.pth read without
+            unpickling code. None: what `build_model()` returns is trained already, or `pretrain`.
+        pretrain: Train first, with the task's own loop; None: no.
+    """
+
+    weights: str | None = None
+    pretrain: TrainingConfig | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SensitivityConfig:
+    """Score of the model with one channel group (or layer) pruned, at each sparsity.
+
+    Attributes:
+        criterion: "l1" and "l2" prune channels, "level" prunes single weights of layers.
+        sparsities: Fractions removed, ascending, each in (0, 1).
+        early_stop: Stop a group's curve when the score is below `early_stop_value` ("minimize"),
+            above it ("maximize"), more than it below the dense score ("dropped"), or above
+            ("raised"); None: never.
+        early_stop_value: In the unit of the score.
+        layers: Only the groups of these layers; empty: all that the job's targets select.
+    """
+
+    criterion: str = "l1"
+    sparsities: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+    early_stop: Literal["minimize", "maximize", "dropped", "raised"] | None = None
+    early_stop_value: float | None = None
+    layers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.sparsities or list(self.sparsities) != sorted(set(self.sparsities)):
+            raise ConfigError(
+                f"sensitivity.sparsities must be ascending and not empty, got {self.sparsities}"
+            )
+        if not all(0 < s < 1 for s in self.sparsities):
+            raise ConfigError(f"sensitivity.sparsities must be in (0, 1), got {self.sparsities}")
+        if (self.early_stop is None) != (self.early_stop_value is None):
+            raise ConfigError("sensitivity.early_stop and early_stop_value go together")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencyConfig:
+    """How latency is measured, on a replica with nothing else running on it.
+
+    Attributes:
+        batch_sizes: Examples in a forward pass; one row of the report for each.
+        repeats: Timed passes of each model at each batch size, interleaved.
+    """
+
+    batch_sizes: tuple[int, ...] = (1, 64)
+    repeats: int = 30
+
+    def __post_init__(self) -> None:
+        if not self.batch_sizes or min(self.batch_sizes) < 1:
+            raise ConfigError(f"latency.batch_sizes must be 1 or more, got {self.batch_sizes}")
+        _positive("latency.repeats", self.repeats)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """Where the work runs.
+
+    Attributes:
+        executor: "ray": on a cluster, or on a local Ray that starts by itself; "local": in this
+            process, one unit after the other.
+        address: Of a running cluster; None: the one that Ray finds (as in a submitted job), or a
+            local one.
+        replicas: Model replicas of each trial.
+        cpus: CPU cores of each replica.
+        gpus: GPUs of each replica; a fraction shares one.
+        max_concurrent: Trials at once; None: as many as fit.
+        start_timeout: Seconds within which replicas must be up.
+        unit_timeout: Seconds after which a unit of work counts as hung; None: no deadline.
+    """
+
+    executor: Literal["ray", "local"] = "ray"
+    address: str | None = None
+    replicas: int = 2
+    cpus: float = 1.0
+    gpus: float = 0.0
+    max_concurrent: int | None = None
+    start_timeout: float = 120.0
+    unit_timeout: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("replicas", "cpus", "start_timeout"):
+            _positive(f"cluster.{name}", getattr(self, name))
+        if self.gpus < 0:
+            raise ConfigError(f"cluster.gpus must be 0 or more, got {self.gpus:g}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """Where results are kept.
+
+    Attributes:
+        uri: An MLflow tracking URI; None: a SQLite file and artifacts below the output; "none":
+            no tracking.
+        experiment: Name of the MLflow experiment; None: the job's name.
+        registered_model: Also register the slim model under this name.
+    """
+
+    uri: str | None = None
+    experiment: str | None = None
+    registered_model: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobConfig:
+    """One compression job.
+
+    Each of `pruners` runs at each of `budgets` with each of `seeds`: one trial each.
+
+    Attributes:
+        name: Names the output folder, the MLflow experiment and the run.
+        task: Import path of the Task, "package.module:Class".
+        task_args: Keyword arguments of its constructor.
+        seed: Of everything that is random outside of trials.
+        model: Where the dense weights come from.
+        targets: Which layers may be pruned (NNI's config_list); empty: all.
+        sensitivity: Analyse the groups first; None: no.
+        pruners: Each a mapping with `type` (a name of raycompress.pruning, or an import path) and
+            the pruner's own keys.
+        budgets: Each a mapping of resource to what is kept, such as {"macs": "50%"}; empty: for
+            pruners that have a sparsity of their own.
+        seeds: Seeds of the trials.
+        recover: Fine-tune each winner; None: no.
+        evaluation: How candidates are evaluated.
+        latency: How latency is measured.
+        cluster: Where the work runs.
+        tracking: Where results are kept.
+        output: Folder of everything that the job writes; None: ~/.raycompress/<name>.
+    """
+
+    name: str
+    task: str
+    task_args: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    model: ModelConfig = ModelConfig()
+    targets: tuple[Target, ...] = ()
+    sensitivity: SensitivityConfig | None = None
+    pruners: tuple[dict[str, Any], ...] = ()
+    budgets: tuple[dict[str, Any], ...] = ()
+    seeds: tuple[int, ...] = (0,)
+    recover: TrainingConfig | None = None
+    evaluation: Evaluation = Evaluation()
+    latency: LatencyConfig = LatencyConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    output: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.name or set(self.name) & set('/\\:*?"<>|') or self.name.startswith("."):
+            raise ConfigError(f"name must be usable as a folder's name, got {self.name!r}")
+        if not self.pruners and self.sensitivity is None:
+            raise ConfigError("a job needs pruners, or sensitivity, or both")
+        if not self.seeds:
+            raise ConfigError("seeds must not be empty")
+
+
+def _positive(key: str, value: float) -> None:
+    if not value > 0:
+        raise ConfigError(f"{key} must be above 0, got {value:g}")

@@ -1,0 +1,306 @@
+"""Executors: how candidates get from a search to a model host and back.
+
+`LedgerExecutor` holds what every executor shares: look up the ledger, cut what is missing into
+units, put results together in index order, record them durably before the search sees them.
+Where the units run is left to `_run`: `LocalExecutor` runs them here, one after the other.
+"""
+
+from __future__ import annotations
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from raycompress.host import Evaluation, HostInfo, ModelHost, Unit, UnitResult
+from raycompress.ledger import Ledger
+from raycompress.search import Candidate, Ranking, Shard, Trial, digest_of
+from raycompress.structure import Structure
+from raycompress.structure.latency import LatencyRow
+from raycompress.task import Progress, Split, Task
+from raycompress.weights import Weights, WeightStore
+
+__all__ = ["LedgerExecutor", "LocalExecutor"]
+
+
+class LedgerExecutor(ABC):
+    """Answers searches from the ledger and, for what isn't there, from model hosts.
+
+    Args:
+        structure: Of the task's model; prices candidates.
+        evaluation: Settings.
+        ledger: Where finished work is recorded; None keeps it in memory.
+        progress: Called with (step, number of steps, loss) while a training unit runs.
+
+    Attributes:
+        dfe: Dense-forward equivalents spent so far, not counting what the ledger answered.
+        num_evaluated: Candidates evaluated so far, not counting what the ledger answered.
+    """
+
+    def __init__(
+        self,
+        structure: Structure,
+        evaluation: Evaluation,
+        ledger: Ledger | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.structure = structure
+        self.evaluation = evaluation
+        self.ledger = ledger
+        self.progress = progress
+        self.dfe = 0.0
+        self.num_evaluated = 0
+        self._memory: dict[str, Mapping[str, Any]] = {}
+        self._dense_macs = max(structure.cost().macs, 1)
+        self._kinds: dict[str, str] = {}
+
+    @property
+    @abstractmethod
+    def num_workers(self) -> int:
+        """How many units run at once."""
+
+    @property
+    @abstractmethod
+    def info(self) -> HostInfo:
+        """What the hosts are; the same for all of them."""
+
+    @abstractmethod
+    def _run(self, units: Sequence[Unit]) -> Iterator[tuple[int, UnitResult]]:
+        """Runs units; yields (index, result) as they finish, in any order."""
+
+    @abstractmethod
+    def _publish(self, ranking: Ranking) -> None:
+        """Sends a ranking to the hosts."""
+
+    @abstractmethod
+    def share(self, digest: str, weights: Weights) -> None:
+        """Sends weights to the hosts once, that they would otherwise read from the store."""
+
+    @abstractmethod
+    def latency(
+        self, candidates: Mapping[str, Candidate], batch_sizes: Sequence[int], repeats: int
+    ) -> list[LatencyRow]:
+        """Measures candidates against each other on one host with nothing else running."""
+
+    def publish(self, ranking: Ranking) -> None:
+        """Makes a ranking known, before a candidate uses it."""
+        if ranking.digest not in self._kinds:
+            self._kinds[ranking.digest] = ranking.kind
+            self._publish(ranking)
+
+    def evaluate(self, candidates: Sequence[Candidate], split: Split = "validation") -> list[Trial]:
+        """Judges candidates; answers in their order. Equal ones are evaluated once.
+
+        Candidates with training are trained first (once, whatever the split), and what comes out
+        is evaluated under the digest of its weights.
+        """
+        trained = self._train([c for c in candidates if c.training is not None])
+        judged: list[Candidate | None] = []
+        for candidate in candidates:
+            if candidate.training is None:
+                judged.append(candidate)
+            else:
+                weights = trained[candidate].weights
+                judged.append(
+                    None
+                    if weights is None
+                    else replace(candidate, weights=weights, training=None, recalibrate=0)
+                )
+        answers = self._evaluate([c for c in judged if c is not None], split)
+        trials = []
+        for candidate, asked in zip(candidates, judged, strict=True):
+            before = trained.get(candidate)
+            if asked is None:
+                assert before is not None
+                trials.append(before)
+                continue
+            trial = answers[asked]
+            if before is not None:
+                trial = replace(
+                    trial,
+                    candidate=candidate,
+                    weights=before.weights,
+                    seconds=trial.seconds + before.seconds,
+                    dfe=trial.dfe + before.dfe,
+                    replayed=trial.replayed and before.replayed,
+                )
+            trials.append(trial)
+        return trials
+
+    def _train(self, candidates: Sequence[Candidate]) -> dict[Candidate, Trial]:
+        keys = {c: self._key("training", {"candidate": c.key()}) for c in candidates}
+        trials, missing = self._recall(keys)
+        units = [Unit(candidate, "train") for candidate in missing]
+        for index, result in self._run(units):
+            candidate = missing[index]
+            training = candidate.training
+            assert training is not None
+            sizes = self.info.num_examples
+            passes = 3 * training.epochs * sizes["train"] / max(sizes["validation"], 1)
+            dfe = passes * self._relative_macs(candidate)
+            trials[candidate] = self._record(keys[candidate], candidate, [result], dfe)
+        return trials
+
+    def _evaluate(self, candidates: Sequence[Candidate], split: Split) -> dict[Candidate, Trial]:
+        keys = {
+            c: self._key("evaluation", {"candidate": c.key(), "split": split}) for c in candidates
+        }
+        trials, missing = self._recall(keys)
+        parts = self._parts(len(missing), split)
+        units = [Unit(candidate, split, part) for candidate in missing for part in parts]
+        results: dict[int, UnitResult] = {}
+        for index, result in self._run(units):
+            results[index] = result
+            position = index // len(parts)
+            own = range(position * len(parts), (position + 1) * len(parts))
+            if all(i in results for i in own):
+                candidate = missing[position]
+                sizes = self.info.num_examples
+                recalibration = candidate.recalibrate * self.evaluation.batch_size
+                examples = sizes[split] + min(recalibration, sizes["calibration"])
+                dfe = self._relative_macs(candidate) * examples / max(sizes["validation"], 1)
+                trials[candidate] = self._record(
+                    keys[candidate], candidate, [results.pop(i) for i in own], dfe
+                )
+                self.num_evaluated += 1
+        return trials
+
+    def _parts(self, num_candidates: int, split: Split) -> list[tuple[int, ...]]:
+        """The shards of one candidate, cut into more units where workers would stand idle."""
+        if self.info.whole:
+            return [(0,)]
+        num_shards = self.evaluation.num_shards
+        per_candidate = -(-self.num_workers // max(num_candidates, 1))
+        num_parts = min(num_shards, max(1, per_candidate))
+        bounds = [num_shards * i // num_parts for i in range(num_parts + 1)]
+        return [tuple(range(a, b)) for a, b in itertools.pairwise(bounds)]
+
+    def _relative_macs(self, candidate: Candidate) -> float:
+        if self._kinds.get(candidate.ranking) != "channels":
+            return 1.0
+        return self.structure.cost(candidate.counts).macs / self._dense_macs
+
+    def _key(self, kind: str, what: Mapping[str, Any]) -> str:
+        info = self.info
+        return digest_of(
+            {
+                "kind": kind,
+                "task": info.task,
+                "data": info.data,
+                "evaluation": asdict(self.evaluation),
+                "numeric_class": info.numeric_class,
+                **what,
+            }
+        )
+
+    def _recall(
+        self, keys: Mapping[Candidate, str]
+    ) -> tuple[dict[Candidate, Trial], list[Candidate]]:
+        """What the ledger knows, and the candidates that it doesn't (each once, in order)."""
+        trials: dict[Candidate, Trial] = {}
+        missing = []
+        for candidate, key in keys.items():
+            record = self._memory.get(key) if self.ledger is None else self.ledger.get(key)
+            if record is None:
+                missing.append(candidate)
+            else:
+                trials[candidate] = Trial(
+                    candidate,
+                    shards=tuple(Shard(*sums) for sums in record["shards"]),
+                    failure=record["failure"],
+                    weights=record["weights"],
+                    seconds=record["seconds"],
+                    dfe=record["dfe"],
+                    replayed=True,
+                )
+        return trials, missing
+
+    def _record(
+        self, key: str, candidate: Candidate, results: Sequence[UnitResult], dfe: float
+    ) -> Trial:
+        failure = next((r.failure for r in results if r.failure is not None), None)
+        shards = () if failure is not None else tuple(s for r in results for s in r.shards)
+        trial = Trial(
+            candidate,
+            shards=shards,
+            failure=failure,
+            weights=results[0].weights,
+            seconds=sum(r.seconds for r in results),
+            dfe=dfe,
+        )
+        record = {
+            "kind": "training" if candidate.training is not None else "evaluation",
+            "candidate": candidate.key(),
+            "shards": [[s.count, s.score, s.loss] for s in shards],
+            "failure": failure,
+            "weights": trial.weights,
+            "seconds": round(trial.seconds, 6),
+            "dfe": dfe,
+            "worker": ",".join(sorted({r.worker for r in results})),
+        }
+        self.dfe += dfe
+        if candidate.training is not None and failure is not None:
+            return trial  # not recorded: the next run tries again
+        if self.ledger is None:
+            self._memory[key] = record
+        else:
+            self.ledger.put({key: record})
+        return trial
+
+
+class LocalExecutor(LedgerExecutor):
+    """Runs every unit in this process, in order.
+
+    Args:
+        task: The user's task.
+        structure: Of its model.
+        store: Where trained weights go.
+        evaluation: Settings.
+        device: Where the model runs.
+        ledger: Where finished work is recorded; None keeps it in memory.
+        progress: Called with (step, number of steps, loss) while a training unit runs.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        structure: Structure,
+        store: WeightStore,
+        evaluation: Evaluation | None = None,
+        *,
+        device: str = "cpu",
+        ledger: Ledger | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        settings = evaluation if evaluation is not None else Evaluation()
+        super().__init__(structure, settings, ledger, progress)
+        self.host = ModelHost(task, structure, store, settings, device)
+        self._info = self.host.info()
+
+    @property
+    def num_workers(self) -> int:
+        """One."""
+        return 1
+
+    @property
+    def info(self) -> HostInfo:
+        """What the host is."""
+        return self._info
+
+    def _run(self, units: Sequence[Unit]) -> Iterator[tuple[int, UnitResult]]:
+        for index, unit in enumerate(units):
+            yield index, self.host.run(unit, self.progress)
+
+    def _publish(self, ranking: Ranking) -> None:
+        self.host.publish(ranking)
+
+    def share(self, digest: str, weights: Weights) -> None:
+        """Gives the host weights that it would otherwise read from the store."""
+        self.host.share(digest, weights)
+
+    def latency(
+        self, candidates: Mapping[str, Candidate], batch_sizes: Sequence[int], repeats: int
+    ) -> list[LatencyRow]:
+        """Measures candidates against each other, interleaved."""
+        return self.host.latency(candidates, batch_sizes, repeats)

@@ -1,0 +1,403 @@
+"""The model host: builds candidates from the weights that it holds, trains and evaluates them.
+
+One host stands in each replica, and one in the `LocalExecutor`; they run the same code, so that a
+search is answered alike everywhere.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+import platform
+import time
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raycompress.errors import TaskError
+from raycompress.masks import Masks, hold, masked_copy
+from raycompress.recalibration import recalibrate
+from raycompress.search import Candidate, Ranking, Shard, Training
+from raycompress.structure import Structure, slim
+from raycompress.structure.latency import LatencyRow, measure
+from raycompress.task import SPLITS, Progress, Split, Task
+from raycompress.weights import Weights, WeightStore
+
+__all__ = ["Evaluation", "HostInfo", "ModelHost", "Unit", "UnitResult", "task_digest"]
+
+PRELOAD_BYTES = 2 << 30
+"""A split's batches stay in the host's memory up to this size; larger ones are read each time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """How candidates are evaluated; part of every ledger key.
+
+    Attributes:
+        batch_size: Examples in a forward pass.
+        num_shards: Parts of the validation split; the smallest piece of work.
+        threads: CPU threads of each host. Measured: on few busy cores 1 is fastest.
+    """
+
+    batch_size: int = 256
+    num_shards: int = 4
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "num_shards", "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"evaluation.{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The smallest piece of work that a host is sent.
+
+    Attributes:
+        candidate: With `training`: train it, nothing else. Without: evaluate it.
+        split: Which data.
+        shards: Indices of the shards to evaluate; empty for training.
+    """
+
+    candidate: Candidate
+    split: Split = "validation"
+    shards: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class UnitResult:
+    """What a host answers; small.
+
+    Attributes:
+        shards: Sums for each shard that was asked for, in order.
+        weights: Digest of the trained weights, for training units.
+        failure: Exception and message, if the candidate failed.
+        seconds: Time spent.
+        worker: Name of the host.
+    """
+
+    shards: tuple[Shard, ...] = ()
+    weights: str | None = None
+    failure: str | None = None
+    seconds: float = 0.0
+    worker: str = "local"
+
+
+@dataclass(frozen=True)
+class HostInfo:
+    """What an executor must know of its hosts; equal on all of one pool, or they don't mix.
+
+    Attributes:
+        task: Digest of the task.
+        data: Digest of sizes and sample examples of the splits.
+        num_examples: Examples for each split.
+        numeric_class: Device model, torch version and threads: what results depend on.
+        whole: The task's metric is no mean over examples; it is evaluated in one piece.
+    """
+
+    task: str
+    data: str
+    num_examples: Mapping[str, int]
+    numeric_class: str
+    whole: bool
+
+
+def task_digest(task: Task) -> str:
+    """SHA-256 over a task's import path, attributes and module source, as 16 hex digits."""
+    cls = type(task)
+    content = hashlib.sha256(f"{cls.__module__}:{cls.__qualname__}".encode())
+    try:
+        content.update(inspect.getsource(inspect.getmodule(cls) or cls).encode())
+    except (OSError, TypeError):
+        content.update(b"no source")  # defined at an interactive prompt
+    plain = {
+        name: value
+        for name, value in sorted(vars(task).items())
+        if isinstance(value, str | int | float | bool | None)
+    }
+    content.update(repr(plain).encode())
+    return content.hexdigest()[:16]
+
+
+def numeric_class(device: torch.device, threads: int) -> str:
+    """Names what the last bits of a score depend on."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}; torch {torch.__version__}; bfloat16"
+    cpu = torch.backends.cpu.get_cpu_capability()
+    return f"{platform.machine()} {cpu}; torch {torch.__version__}; {threads} threads"
+
+
+def _update_with_tensors(content: Any, value: Any) -> None:
+    if isinstance(value, Tensor):
+        content.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    elif isinstance(value, dict):
+        for key in sorted(value):
+            _update_with_tensors(content, value[key])
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _update_with_tensors(content, item)
+    else:
+        content.update(repr(value).encode())
+
+
+class ModelHost:
+    """Holds one dense model, the data and the rankings; answers units.
+
+    Args:
+        task: The user's task, constructed in this process.
+        structure: Analysis of the task's model.
+        store: Where trained weights are read and written.
+        evaluation: Settings.
+        device: Where the model runs.
+        name: In results and logs.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        structure: Structure,
+        store: WeightStore,
+        evaluation: Evaluation | None = None,
+        device: torch.device | str = "cpu",
+        name: str = "local",
+    ) -> None:
+        self.task = task
+        self.structure = structure
+        self.store = store
+        self.evaluation = evaluation if evaluation is not None else Evaluation()
+        self.device = torch.device(device)
+        self.name = name
+        self.progress: tuple[int, int, float] | None = None
+        self._whole = type(task).evaluate is not Task.evaluate
+        self._base = task.build_model().eval()
+        self._loaded: str | None = None
+        self._states: OrderedDict[str, Weights] = OrderedDict()
+        self._rankings: dict[str, Ranking] = {}
+        self._data: dict[str, Any] = {}
+        self._batches: dict[tuple[str, int], list[Any]] = {}
+        self._built: tuple[Candidate, nn.Module] | None = None
+
+    def info(self) -> HostInfo:
+        """What the executor must know of this host."""
+        content = hashlib.sha256()
+        sizes = {}
+        for split in SPLITS:
+            data = self._dataset(split)
+            sizes[split] = len(data)
+            for index in sorted({0, len(data) // 2, len(data) - 1}):
+                _update_with_tensors(content, data[index])
+        content.update(repr(sorted(sizes.items())).encode())
+        return HostInfo(
+            task=task_digest(self.task),
+            data=content.hexdigest()[:16],
+            num_examples=sizes,
+            numeric_class=numeric_class(self.device, self.evaluation.threads),
+            whole=self._whole,
+        )
+
+    def publish(self, ranking: Ranking) -> None:
+        """Makes a ranking known."""
+        self._rankings[ranking.digest] = ranking
+
+    def share(self, digest: str, weights: Weights) -> None:
+        """Gives the host weights that it would otherwise read from the store."""
+        self._states[digest] = weights
+
+    def run(self, unit: Unit, progress: Progress | None = None) -> UnitResult:
+        """Trains or evaluates; an exception in it is the candidate's failure, and an answer."""
+        start = time.perf_counter()
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.evaluation.threads)
+        try:
+            if unit.candidate.training is not None:
+                digest = self._train(unit.candidate, unit.candidate.training, progress)
+                result = UnitResult(weights=digest)
+            else:
+                result = UnitResult(shards=self._evaluate(unit))
+        except Exception as error:
+            self._built = None
+            message = str(error).strip().splitlines()
+            result = UnitResult(failure=f"{type(error).__name__}: {message[0] if message else ''}")
+        finally:
+            torch.set_num_threads(before)
+            self.progress = None
+        seconds = time.perf_counter() - start
+        return UnitResult(result.shards, result.weights, result.failure, seconds, self.name)
+
+    def latency(
+        self,
+        candidates: Mapping[str, Candidate],
+        batch_sizes: Sequence[int],
+        repeats: int,
+    ) -> list[LatencyRow]:
+        """Measures candidates against each other on this host's device, interleaved."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.evaluation.threads)
+        try:
+            models = {name: self.build(each) for name, each in candidates.items()}
+            inputs = self.task.example_inputs()
+            return measure(
+                models, inputs, batch_sizes=batch_sizes, repeats=repeats, device=self.device
+            )
+        finally:
+            torch.set_num_threads(before)
+
+    def weights(self, digest: str) -> Weights:
+        """Weights by digest; the last few stay in memory."""
+        if digest not in self._states:
+            self._states[digest] = self.store.get(digest)
+            while len(self._states) > 4:
+                self._states.popitem(last=False)
+        self._states.move_to_end(digest)
+        return self._states[digest]
+
+    def kept(self, candidate: Candidate) -> dict[str, Tensor]:
+        """Kept channel indices of a candidate, by group; empty for the dense model and for masks.
+
+        Raises:
+            TaskError: Its ranking or its weights belong to something else.
+        """
+        weights = self.weights(candidate.weights)
+        if not candidate.kept:
+            return {name: torch.tensor(kept) for name, kept in weights.kept.items()}
+        ranking = self._ranking(candidate)
+        if ranking.kind == "weights":
+            return {}
+        kept = ranking.kept(candidate.counts)
+        if weights.kept and {n: tuple(k.tolist()) for n, k in kept.items()} != dict(weights.kept):
+            raise TaskError(f"weights {candidate.weights} belong to another set of channels")
+        return kept
+
+    def masks(self, candidate: Candidate) -> Masks:
+        """Complete masks of a candidate over the dense model."""
+        if candidate.kept and self._ranking(candidate).kind == "weights":
+            shapes = dict(self._base.named_parameters())
+            masks = {}
+            for name, indices in self._ranking(candidate).kept(candidate.counts).items():
+                mask = torch.zeros(shapes[name].numel(), dtype=torch.bool)
+                mask[indices] = True
+                masks[name] = mask.view(shapes[name].shape)
+            return masks
+        return self.structure.masks(self.kept(candidate))
+
+    def build(self, candidate: Candidate) -> nn.Module:
+        """The candidate's model on the device, in eval mode: slim, or masked if fine-grained."""
+        weights = self.weights(candidate.weights)
+        kept = self.kept(candidate)
+        if weights.kept:
+            model = slim(self._base, self.structure, kept)
+            model.load_state_dict(dict(weights.state))
+        else:
+            if self._loaded != candidate.weights:
+                self._base.load_state_dict(dict(weights.state))
+                self._loaded = candidate.weights
+            if kept:
+                model = slim(self._base, self.structure, kept)
+            elif candidate.kept:
+                model = masked_copy(self._base, self.masks(candidate))
+            else:
+                model = copy.deepcopy(self._base)
+        model = model.to(self.device).eval()
+        if candidate.recalibrate:
+            batches = self._split_batches("calibration", None)[: candidate.recalibrate]
+            recalibrate(model, lambda batch: self.task.forward(model, batch), batches)
+        return model
+
+    def _ranking(self, candidate: Candidate) -> Ranking:
+        if candidate.ranking not in self._rankings:
+            raise TaskError(f"ranking {candidate.ranking} was not published to this executor")
+        return self._rankings[candidate.ranking]
+
+    def _train(self, candidate: Candidate, training: Training, progress: Progress | None) -> str:
+        model = self.build(candidate.with_training(None))
+        kept = self.kept(candidate)
+
+        def report(step: int, num_steps: int, loss: float) -> None:
+            self.progress = (step, num_steps, loss)
+            if progress is not None:
+                progress(step, num_steps, loss)
+
+        masks = self.masks(candidate) if candidate.kept and not kept else {}
+        with hold(model, masks):
+            self.task.train(
+                model,
+                epochs=training.epochs,
+                lr=training.lr,
+                seed=training.seed,
+                device=self.device,
+                progress=report,
+            )
+        state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+        plain = {name: tuple(indices.tolist()) for name, indices in kept.items()}
+        return self.store.put(Weights(state, plain))
+
+    def _evaluate(self, unit: Unit) -> tuple[Shard, ...]:
+        if self._built is None or self._built[0] != unit.candidate:
+            self._built = None
+            self._built = (unit.candidate, self.build(unit.candidate))
+        model = self._built[1]
+        if self._whole:
+            value = self.task.evaluate(model, unit.split)
+            if value is None:
+                raise TaskError(f"{type(self.task).__name__}.evaluate returned None")
+            return (Shard(1, float(value), 0.0),)
+        with torch.inference_mode():
+            return tuple(self._shard(model, unit.split, index) for index in unit.shards)
+
+    def _shard(self, model: nn.Module, split: Split, index: int) -> Shard:
+        count, score, loss = 0, 0.0, 0.0
+        for batch in self._split_batches(split, index):
+            with torch.autocast(
+                self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"
+            ):
+                outputs = self.task.forward(model, batch)
+            scores = self.task.score(outputs, batch)
+            size = scores.shape[0]
+            count += size
+            score += float(scores.double().sum())
+            loss += float(self.task.loss(outputs, batch)) * size
+        if not (score == score and loss == loss):
+            raise TaskError(f"score or loss is NaN on {split} shard {index}")
+        return Shard(count, score, loss)
+
+    def _dataset(self, split: Split) -> Any:
+        if split not in self._data:
+            self._data[split] = self.task.dataset(split)
+        return self._data[split]
+
+    def _split_batches(self, split: Split, shard: int | None) -> Sequence[Any]:
+        """Batches of one shard, or of a whole split; kept in memory unless they are many."""
+        key = (split, -1 if shard is None else shard)
+        if key in self._batches:
+            return self._batches[key]
+        data = self._dataset(split)
+        start, stop = shard_bounds(len(data), self.evaluation.num_shards, shard)
+        size = self.evaluation.batch_size
+        batches = list(self.task.batches(data, range(start, stop), size, self.device))
+        if _num_bytes(batches) * (1 if shard is None else self.evaluation.num_shards) < (
+            PRELOAD_BYTES
+        ):
+            self._batches[key] = batches
+        return batches
+
+
+def shard_bounds(num: int, num_shards: int, shard: int | None) -> tuple[int, int]:
+    """First and last + 1 example of a shard; the whole split for None."""
+    if shard is None:
+        return 0, num
+    return num * shard // num_shards, num * (shard + 1) // num_shards
+
+
+def _num_bytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if isinstance(value, dict):
+        return sum(_num_bytes(item) for item in value.values())
+    if isinstance(value, list | tuple):
+        return sum(_num_bytes(item) for item in value)
+    return 0

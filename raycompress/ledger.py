@@ -1,0 +1,110 @@
+"""The ledger: an append-only record of finished work, content-addressed.
+
+Every finished unit is on disk before a search uses it; a restarted job replays its search, and the
+ledger answers at once what was finished before. One folder holds a part for each writer
+(`<part>.jsonl`), and every reader reads them all.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from raycompress.errors import RaycompressError
+
+__all__ = ["Ledger", "read_ledger"]
+
+Record = dict[str, Any]
+
+
+def _records(path: Path) -> Iterator[tuple[Record, int]]:
+    """Each whole record of a part, and the offset at which it ends."""
+    with path.open("rb") as file:
+        end = 0
+        for line in file:
+            if not line.endswith(b"\n"):
+                return  # the tail that a crash tore
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise RaycompressError(
+                    f"ledger {path} is damaged at byte {end}: {error}; "
+                    "move the file away to evaluate its records again"
+                ) from error
+            end += len(line)
+            yield record, end
+
+
+def read_ledger(folder: str | Path) -> list[Record]:
+    """All whole records below a ledger folder, in order of part name, then of writing."""
+    paths = sorted(Path(folder).glob("*.jsonl"))
+    return [record for path in paths for record, _ in _records(path)]
+
+
+class Ledger:
+    """Finished work by key; a context manager that holds its own part's lock.
+
+    Args:
+        folder: The ledger's folder, made if it is not there.
+        part: Name of the part that this writer appends to. One writer at a time: another process's
+            lock is waited for, since an orphan of a killed job ends within seconds.
+        patience: Seconds to wait for it.
+
+    Raises:
+        RaycompressError: The part is still locked, or damaged.
+    """
+
+    def __init__(self, folder: str | Path, part: str, *, patience: float = 30.0) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.path = self.folder / f"{part}.jsonl"
+        self._file = self.path.open("ab")
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    self._file.close()
+                    raise RaycompressError(
+                        f"ledger {self.path} is being written by another process"
+                    ) from error
+                time.sleep(0.1)
+        self._file.truncate(max((end for _, end in _records(self.path)), default=0))
+        self._known: dict[str, Record] = {
+            record["key"]: record for record in read_ledger(self.folder)
+        }
+
+    def get(self, key: str) -> Record | None:
+        """The record of a key, or None."""
+        return self._known.get(key)
+
+    def put(self, records: Mapping[str, Mapping[str, Any]]) -> None:
+        """Appends records by key and returns when they are on disk: one fsync for all."""
+        lines = []
+        for key, record in records.items():
+            whole = {"key": key, **record}
+            lines.append(json.dumps(whole, separators=(",", ":")).encode() + b"\n")
+            self._known[key] = whole
+        self._file.write(b"".join(lines))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Releases the part."""
+        self._file.close()
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        return len(self._known)

@@ -1,0 +1,247 @@
+"""Candidates, the generator protocol of searches, and who answers it.
+
+A search is a generator: `trials = yield candidates`, ending with `return winner`. It knows nothing
+of processes: an *executor* answers. Proposals come from RNG(seed, iteration), and how many there
+are at a step is configuration, never the number of workers; so every executor leads a search along
+the same path.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from raycompress.errors import EvaluationError
+from raycompress.task import Split
+
+__all__ = [
+    "Candidate",
+    "Executor",
+    "Ranking",
+    "Search",
+    "Shard",
+    "Training",
+    "Trial",
+    "digest_of",
+    "run_search",
+]
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 of a value's canonical JSON, as 16 hex digits."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The order in which units go, computed once and sent once.
+
+    Attributes:
+        kind: "channels": keys are channel groups, candidates are slimmed; "weights": keys are
+            parameter names, units are their single entries, candidates are masked.
+        orders: For each key, an int64 permutation: the first index goes first.
+        digest: Content address, in every candidate that uses it.
+    """
+
+    kind: Literal["channels", "weights"]
+    orders: Mapping[str, Tensor]
+    digest: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        content = hashlib.sha256(self.kind.encode())
+        for name in sorted(self.orders):
+            content.update(name.encode())
+            content.update(self.orders[name].contiguous().to(torch.int64).numpy().tobytes())
+        object.__setattr__(self, "digest", content.hexdigest()[:16])
+
+    def kept(self, counts: Mapping[str, int]) -> dict[str, Tensor]:
+        """The kept unit indices, ascending, for kept counts."""
+        return {
+            name: self.orders[name][len(self.orders[name]) - count :].sort().values
+            for name, count in counts.items()
+        }
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training unit: how a candidate is trained before it is evaluated.
+
+    Attributes:
+        epochs: Passes over the train split; may be a fraction.
+        lr: Peak learning rate; None takes the task's own.
+        seed: Of the order of examples.
+    """
+
+    epochs: float
+    lr: float | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One model to judge: small, plain data, never weights.
+
+    Attributes:
+        weights: Digest of the parent's weights in the weight store.
+        kept: (group or parameter name, kept count), sorted by name; what is absent stays whole.
+        ranking: Digest of the `Ranking` that says which units stay; "" for the dense model.
+        recalibrate: Calibration batches from which norm statistics are taken anew before judging;
+            0: they stay.
+        training: What is trained first; None: nothing.
+    """
+
+    weights: str
+    kept: tuple[tuple[str, int], ...] = ()
+    ranking: str = ""
+    recalibrate: int = 0
+    training: Training | None = None
+
+    @staticmethod
+    def of(
+        counts: Mapping[str, int],
+        ranking: Ranking,
+        *,
+        weights: str,
+        recalibrate: int = 0,
+        training: Training | None = None,
+    ) -> Candidate:
+        """A candidate from kept counts; counts that remove nothing are left out."""
+        kept = tuple(
+            (name, int(count))
+            for name, count in sorted(counts.items())
+            if count < len(ranking.orders[name])
+        )
+        return Candidate(weights, kept, ranking.digest if kept else "", recalibrate, training)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """`kept` as a dict."""
+        return dict(self.kept)
+
+    def key(self) -> dict[str, Any]:
+        """Plain data for the ledger's key."""
+        return asdict(self)
+
+    @staticmethod
+    def from_key(key: Mapping[str, Any]) -> Candidate:
+        """The inverse of `key`, also after a trip through JSON."""
+        training = key["training"]
+        return Candidate(
+            weights=key["weights"],
+            kept=tuple((str(name), int(count)) for name, count in key["kept"]),
+            ranking=key["ranking"],
+            recalibrate=key["recalibrate"],
+            training=Training(**training) if training is not None else None,
+        )
+
+    def with_training(self, training: Training | None) -> Candidate:
+        """The same candidate, trained."""
+        return replace(self, training=training)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Sums over one validation shard.
+
+    Attributes:
+        count: Examples in it.
+        score: Sum of their scores.
+        loss: Sum of their losses (mean loss of a batch times its size).
+    """
+
+    count: int
+    score: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The answer to a candidate.
+
+    Attributes:
+        candidate: What was judged.
+        shards: Sums for each shard in index order; empty for a failed candidate.
+        failure: Why it failed; None if it didn't.
+        weights: Digest of the weights that training it produced, else None.
+        seconds: Time on the worker.
+        dfe: Cost in dense-forward equivalents.
+        replayed: The ledger answered; nothing was evaluated.
+    """
+
+    candidate: Candidate
+    shards: tuple[Shard, ...] = ()
+    failure: str | None = None
+    weights: str | None = None
+    seconds: float = 0.0
+    dfe: float = 0.0
+    replayed: bool = False
+
+    @property
+    def score(self) -> float:
+        """Mean score, higher is better; -inf for a failed candidate."""
+        if self.failure is not None or not self.shards:
+            return -math.inf
+        return sum(s.score for s in self.shards) / sum(s.count for s in self.shards)
+
+    @property
+    def loss(self) -> float:
+        """Mean loss, lower is better; inf for a failed candidate."""
+        if self.failure is not None or not self.shards:
+            return math.inf
+        return sum(s.loss for s in self.shards) / sum(s.count for s in self.shards)
+
+
+Search = Generator[Sequence[Candidate], list[Trial], Candidate]
+"""What a pruner's `search` returns."""
+
+
+class Executor(Protocol):
+    """Who answers a search: `LocalExecutor` in process, `ReplicaPool` on Ray."""
+
+    def publish(self, ranking: Ranking) -> None:
+        """Makes a ranking known, before a candidate uses it."""
+
+    def evaluate(self, candidates: Sequence[Candidate], split: Split = "validation") -> list[Trial]:
+        """Judges candidates; answers in their order. A failed one is an answer, not an error."""
+
+
+def run_search(
+    search: Search,
+    executor: Executor,
+    on_step: Callable[[int, Sequence[Trial]], None] | None = None,
+) -> Candidate:
+    """Drives a search to its winner.
+
+    Args:
+        search: A fresh generator.
+        executor: Answers it.
+        on_step: Called after each step with its number (from 0) and its trials.
+
+    Raises:
+        EvaluationError: Every candidate of a step failed; the reasons are in it.
+    """
+    step = 0
+    try:
+        candidates = next(search)
+        while True:
+            trials = executor.evaluate(candidates)
+            if trials and all(trial.failure is not None for trial in trials):
+                reasons = sorted({str(trial.failure) for trial in trials})
+                raise EvaluationError(
+                    f"all {len(trials)} candidates of step {step} failed: {'; '.join(reasons[:3])}"
+                )
+            if on_step is not None:
+                on_step(step, trials)
+            step += 1
+            candidates = search.send(trials)
+    except StopIteration as stop:
+        winner: Candidate = stop.value
+        return winner

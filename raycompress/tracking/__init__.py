@@ -1,0 +1,1 @@
+"""Where results are kept: the tracker contract, MLflow behind it, and figures."""
