@@ -192,7 +192,7 @@ class JobConfig:
     budgets: tuple[dict[str, Any], ...] = ()
     seeds: tuple[int, ...] = (0,)
     recover: TrainingConfig | None = None
-    evaluation: Evaluation = Evaluation()
+    evaluation: Evaluation = field(default_factory=Evaluation)
     latency: LatencyConfig = LatencyConfig()
     cluster: ClusterConfig = ClusterConfig()
     tracking: TrackingConfig = TrackingConfig()

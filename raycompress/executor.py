@@ -11,7 +11,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, Self
 
 from raycompress.host import Evaluation, HostInfo, ModelHost, Unit, UnitResult
 from raycompress.ledger import Ledger
@@ -36,6 +36,7 @@ class LedgerExecutor(ABC):
     Attributes:
         dfe: Dense-forward equivalents spent so far, not counting what the ledger answered.
         num_evaluated: Candidates evaluated so far, not counting what the ledger answered.
+        rankings: What was published, by digest.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class LedgerExecutor(ABC):
         self.num_evaluated = 0
         self._memory: dict[str, Mapping[str, Any]] = {}
         self._dense_macs = max(structure.cost().macs, 1)
-        self._kinds: dict[str, str] = {}
+        self.rankings: dict[str, Ranking] = {}
 
     @property
     @abstractmethod
@@ -85,9 +86,18 @@ class LedgerExecutor(ABC):
 
     def publish(self, ranking: Ranking) -> None:
         """Makes a ranking known, before a candidate uses it."""
-        if ranking.digest not in self._kinds:
-            self._kinds[ranking.digest] = ranking.kind
+        if ranking.digest not in self.rankings:
+            self.rankings[ranking.digest] = ranking
             self._publish(ranking)
+
+    def close(self) -> None:  # noqa: B027 - an executor may hold nothing
+        """Lets the hosts go."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
     def evaluate(self, candidates: Sequence[Candidate], split: Split = "validation") -> list[Trial]:
         """Judges candidates; answers in their order. Equal ones are evaluated once.
@@ -177,7 +187,8 @@ class LedgerExecutor(ABC):
         return [tuple(range(a, b)) for a, b in itertools.pairwise(bounds)]
 
     def _relative_macs(self, candidate: Candidate) -> float:
-        if self._kinds.get(candidate.ranking) != "channels":
+        ranking = self.rankings.get(candidate.ranking)
+        if ranking is None or ranking.kind != "channels":
             return 1.0
         return self.structure.cost(candidate.counts).macs / self._dense_macs
 

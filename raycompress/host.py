@@ -323,15 +323,16 @@ class ModelHost:
                 progress(step, num_steps, loss)
 
         masks = self.masks(candidate) if candidate.kept and not kept else {}
-        with hold(model, masks):
-            self.task.train(
-                model,
-                epochs=training.epochs,
-                lr=training.lr,
-                seed=training.seed,
-                device=self.device,
-                progress=report,
-            )
+        if training.epochs > 0:
+            with hold(model, masks):
+                self.task.train(
+                    model,
+                    epochs=training.epochs,
+                    lr=training.lr,
+                    seed=training.seed,
+                    device=self.device,
+                    progress=report,
+                )
         state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
         plain = {name: tuple(indices.tolist()) for name, indices in kept.items()}
         return self.store.put(Weights(state, plain))
@@ -345,7 +346,7 @@ class ModelHost:
             value = self.task.evaluate(model, unit.split)
             if value is None:
                 raise TaskError(f"{type(self.task).__name__}.evaluate returned None")
-            return (Shard(1, float(value), 0.0),)
+            return (Shard(1, float(value), -float(value)),)  # such a task has no loss to sum
         with torch.inference_mode():
             return tuple(self._shard(model, unit.split, index) for index in unit.shards)
 

@@ -75,7 +75,8 @@ class Training:
     """A training unit: how a candidate is trained before it is evaluated.
 
     Attributes:
-        epochs: Passes over the train split; may be a fraction.
+        epochs: Passes over the train split; may be a fraction. 0 trains nothing: the candidate is
+            built, recalibrated and stored.
         lr: Peak learning rate; None takes the task's own.
         seed: Of the order of examples.
     """

@@ -1,0 +1,1 @@
+"""Ready-to-run jobs, and the small Task modules that they name."""

@@ -1,0 +1,1 @@
+"""Tasks of the jobs beside this package: models, data, scores."""

@@ -1,0 +1,158 @@
+"""A toy task, and contract suites for algorithms, the project's own and third parties'.
+
+A suite is a class with tests; inherit it in a test module and say what is tested:
+
+    class TestMyPruner(PrunerContract):
+        pruner = MyPruner(sparsity=0.5)
+"""
+
+from __future__ import annotations
+
+import pickle
+import tempfile
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from raycompress.budget import Budget
+from raycompress.executor import LocalExecutor
+from raycompress.pruning.pruner import Problem, Pruner
+from raycompress.search import Candidate, Trial, run_search
+from raycompress.structure import analyze
+from raycompress.task import ClassificationTask, Split
+from raycompress.weights import Weights, WeightStore
+
+__all__ = ["PrunerContract", "ToyNet", "ToyTask"]
+
+
+class ToyNet(nn.Module):
+    """A residual block between two convolutions, BatchNorm everywhere; 3 classes."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(2, width, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
+        self.bn3 = nn.BatchNorm2d(2 * width)
+        self.fc = nn.Linear(2 * width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of shape (n, 3) for images of shape (n, 2, h, w)."""
+        x = torch.relu(self.bn1(self.conv1(x)))
+        x = torch.relu(x + self.bn2(self.conv2(x)))
+        x = torch.relu(self.bn3(self.conv3(x)))
+        logits: Tensor = self.fc(x.mean(dim=(2, 3)))
+        return logits
+
+
+class ToyTask(ClassificationTask):
+    """Three classes of noisy 6x6 images with two channels; learnt in seconds.
+
+    Args:
+        width: Channels of the first convolution.
+        num: Examples in each split.
+        seed: Of data and weights.
+    """
+
+    batch_size = 32
+
+    def __init__(self, width: int = 8, num: int = 96, seed: int = 0) -> None:
+        self.width, self.num, self.seed = width, num, seed
+
+    def build_model(self) -> nn.Module:
+        """The same random weights each time."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            return ToyNet(self.width)
+
+    def dataset(self, split: Split) -> TensorDataset:
+        """Another draw for each split."""
+        splits = ("train", "calibration", "validation", "test")
+        generator = torch.Generator().manual_seed(1000 * self.seed + splits.index(split))
+        labels = torch.randint(3, (self.num,), generator=generator)
+        images = torch.randn(self.num, 2, 6, 6, generator=generator)
+        patterns = torch.randn(3, 2, 6, 6, generator=torch.Generator().manual_seed(self.seed))
+        return TensorDataset(images + patterns[labels], labels)
+
+
+def toy_problem(
+    folder: str, budget: Mapping[str, str | float] | None = None, seed: int = 0
+) -> tuple[Problem, LocalExecutor]:
+    """A problem over the toy task, and who answers it."""
+    task = ToyTask()
+    model = task.build_model().eval()
+    structure = analyze(model, task.example_inputs())
+    store = WeightStore(folder)
+    digest = store.put(Weights(model.state_dict(), {}))
+    executor = LocalExecutor(task, structure, store)
+    problem = Problem(
+        model=model,
+        structure=structure,
+        weights=digest,
+        executor=executor,
+        budget=None if budget is None else Budget.of(budget),
+        seed=seed,
+    )
+    return problem, executor
+
+
+class PrunerContract:
+    """What every pruner must do; inherit it and set `pruner` (and `budget`).
+
+    Attributes:
+        pruner: The instance under test.
+        budget: What the toy model may keep, if the pruner takes a budget.
+    """
+
+    pruner: ClassVar[Pruner]
+    budget: ClassVar[dict[str, str | float] | None] = None
+
+    def _run(self, seed: int = 0) -> tuple[Problem, LocalExecutor, Candidate, list[Trial]]:
+        with tempfile.TemporaryDirectory() as folder:
+            problem, executor = toy_problem(folder, self.budget, seed)
+            trials: list[Trial] = []
+            winner = run_search(
+                self.pruner.search(problem), executor, lambda _, step: trials.extend(step)
+            )
+            executor.evaluate([winner])  # loads the weights before the folder goes
+        return problem, executor, winner, trials
+
+    def test_same_seed_same_winner(self) -> None:
+        """Two runs agree to the bit."""
+        _, _, first, before = self._run()
+        _, _, second, after = self._run()
+        assert first == second
+        assert [t.shards for t in before] == [t.shards for t in after]
+
+    def test_budget_is_met_by_every_candidate(self) -> None:
+        """Not only by the winner."""
+        problem, executor, winner, trials = self._run()
+        if problem.budget is None or executor.rankings[winner.ranking].kind != "channels":
+            return
+        dense = problem.structure.cost()
+        for candidate in [winner, *(trial.candidate for trial in trials)]:
+            cost = problem.structure.cost(candidate.counts)
+            assert problem.budget.excess(cost, dense) <= 1
+
+    def test_no_unit_is_emptied(self) -> None:
+        """Every group and every layer keeps something."""
+        _, _, winner, _ = self._run()
+        assert all(count >= 1 for _, count in winner.kept)
+
+    def test_model_is_left_clean(self) -> None:
+        """The dense model is read only."""
+        with tempfile.TemporaryDirectory() as folder:
+            problem, executor = toy_problem(folder, self.budget)
+            before = {k: v.clone() for k, v in problem.model.state_dict().items()}
+            run_search(self.pruner.search(problem), executor)
+            for name, tensor in problem.model.state_dict().items():
+                assert torch.equal(tensor, before[name]), name
+
+    def test_pickles(self) -> None:
+        """A pruner travels to a trial's process."""
+        assert pickle.loads(pickle.dumps(self.pruner)) == self.pruner
