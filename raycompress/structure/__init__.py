@@ -1,0 +1,34 @@
+"""Channel groups, exact cost and exact slimming of any PyTorch model."""
+
+from raycompress.structure.analyze import analyze
+from raycompress.structure.completion import Change, Completion
+from raycompress.structure.cost import Cost, LayerCost
+from raycompress.structure.latency import Latency, file_size, measure
+from raycompress.structure.model import ChannelGroup, Frozen, Member, Structure
+from raycompress.structure.operators import register_operator
+from raycompress.structure.rules_elementwise import elementwise
+from raycompress.structure.slim import expand, slim
+from raycompress.structure.trace import Call
+from raycompress.structure.verify import Verdict, verify
+
+__all__ = [
+    "Call",
+    "Change",
+    "ChannelGroup",
+    "Completion",
+    "Cost",
+    "Frozen",
+    "Latency",
+    "LayerCost",
+    "Member",
+    "Structure",
+    "Verdict",
+    "analyze",
+    "elementwise",
+    "expand",
+    "file_size",
+    "measure",
+    "register_operator",
+    "slim",
+    "verify",
+]

@@ -1,0 +1,116 @@
+"""From a model and example inputs to its structure: trace, close, collect."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, Literal
+
+import numpy as np
+from torch import Tensor, nn
+
+from raycompress.errors import StructureError
+from raycompress.structure.closure import Classes, close
+from raycompress.structure.compile import Sizes
+from raycompress.structure.fixes import attribute_fixes
+from raycompress.structure.model import Frozen, LeafShape, Structure
+from raycompress.structure.operators import find_rule
+from raycompress.structure.pools import Pools, owner_of
+from raycompress.structure.trace import Trace, trace
+
+__all__ = ["analyze"]
+
+
+def analyze(
+    model: nn.Module,
+    example_inputs: tuple[Any, ...] | Mapping[str, Any] | Tensor,
+    *,
+    ignore: Collection[str] = (),
+    heads: Literal["whole", "dim"] = "whole",
+) -> Structure:
+    """Finds the channel groups and the cost of a model by one eager forward pass.
+
+    Args:
+        model: any module; its mode and its parameters are left as they were.
+        example_inputs: positional arguments (a tuple, or one tensor) or keyword arguments (a
+            mapping), with any batch size.
+        ignore: module names (a name covers what is below it) or class names whose channels are
+            protected.
+        heads: attention loses whole heads ("whole") or the same positions of every head ("dim").
+
+    Raises:
+        StructureError: the model doesn't run on the example inputs, or `ignore` names nothing.
+    """
+    if isinstance(example_inputs, Mapping):
+        args: tuple[Any, ...] = ()
+        kwargs = dict(example_inputs)
+    elif isinstance(example_inputs, Tensor):
+        args, kwargs = (example_inputs,), {}
+    else:
+        args, kwargs = tuple(example_inputs), {}
+    protected = _protected(model, ignore)
+    try:
+        seen = trace(model, args, kwargs, find_rule)
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
+        raise StructureError(
+            f"the model doesn't run on the example inputs: {type(error).__name__}: {error}"
+        ) from error
+    for leaf in seen.leaves:
+        if leaf.facets and any(_inside(owner_of(n), protected) for n in (leaf.name, *leaf.aliases)):
+            for facet in leaf.facets:
+                dim = next(d for d, s in enumerate(facet.shape) if s > 1)
+                if leaf.roles.get(dim) != "consumer":
+                    seen.space.freeze(facet, "protected by `ignore`")
+    classes = close(seen.space, heads)
+    pools = Pools(seen, classes, model)
+    sizes = Sizes(seen, pools)
+    parameters = {n for n, _ in model.named_parameters(remove_duplicate=False)}
+    return Structure(
+        groups=pools.groups,
+        frozen=_frozen(seen, classes, pools),
+        unknown_ops=dict(seen.unknown),
+        untouched=tuple(
+            leaf.name for leaf in seen.leaves if leaf.facets is None and leaf.is_parameter
+        ),
+        leaves={
+            leaf.name: LeafShape(
+                leaf.name, tuple(leaf.tensor.shape), leaf.aliases, leaf.name in parameters
+            )
+            for leaf in seen.leaves
+        },
+        module_types={n: type(m).__name__ for n, m in model.named_modules()},
+        fixes=attribute_fixes(seen, sizes, model),
+        sizes=sizes.model(),
+    )
+
+
+def _protected(model: nn.Module, ignore: Collection[str]) -> set[str]:
+    modules = dict(model.named_modules())
+    found: set[str] = set()
+    for name in ignore:
+        matching = {n for n, m in modules.items() if n == name or type(m).__name__ == name}
+        if not matching:
+            raise StructureError(f"ignore: no module is named {name!r} or of that type")
+        found |= matching
+    return found
+
+
+def _inside(module: str, protected: set[str]) -> bool:
+    return any(module == p or module.startswith(f"{p}.") or p == "" for p in protected)
+
+
+def _frozen(seen: Trace, classes: Classes, pools: Pools) -> tuple[Frozen, ...]:
+    found = []
+    for leaf in seen.leaves:
+        if not leaf.is_parameter:
+            continue
+        for dim, start in enumerate(leaf.starts):
+            if not start:
+                continue
+            cls = classes.root[start : start + leaf.tensor.shape[dim]]
+            bad = cls[pools.pool_of[cls] < 0]
+            if len(bad):
+                values, counts = np.unique(bad, return_counts=True)
+                top = int(values[np.argmax(counts)])
+                reason = classes.reasons.get(top, "no layer produces these")
+                found.append(Frozen(leaf.name, dim, reason))
+    return tuple(found)

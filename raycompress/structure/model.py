@@ -1,0 +1,236 @@
+"""Plain data: what the analysis of a model found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from raycompress.errors import StructureError
+from raycompress.structure.cost import Cost, CostModel, LayerCost
+
+if TYPE_CHECKING:
+    from raycompress.structure.completion import Completion
+
+__all__ = ["AttributeFix", "ChannelGroup", "Frozen", "LeafShape", "Member", "Structure"]
+
+Role = Literal["producer", "norm", "consumer", "elementwise"]
+Kept = Mapping[str, Sequence[int] | NDArray[np.int64] | Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """Removing channel c removes `indices[c]` along `dim` of a parameter or buffer.
+
+    Attributes:
+        parameter: its (first) name in the model.
+        dim: the dim.
+        indices: shape (num_channels, multiplicity).
+        role: what the parameter does with the channels.
+    """
+
+    parameter: str
+    dim: int
+    indices: NDArray[np.int64]
+    role: Role
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelGroup:
+    """A pool of interchangeable channels; each channel is removed from all members at once.
+
+    Attributes:
+        name: of the first module that produces these channels; unique.
+        num_channels: how many there are, each a class of indices.
+        members: everything that a channel removes.
+        producers: names of the modules that produce the channels.
+        types: class names of the producers.
+        exact: whether the slim model computes the same as the masked one.
+        reason: the operation across channels that makes it differ, "" if exact.
+        min_kept: fewest channels that may be kept.
+        multiple: kept counts must be a multiple of this.
+    """
+
+    name: str
+    num_channels: int
+    members: tuple[Member, ...]
+    producers: tuple[str, ...]
+    types: tuple[str, ...]
+    exact: bool = True
+    reason: str = ""
+    min_kept: int = 1
+    multiple: int = 1
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A dim of a parameter of which some or all indices can't be removed."""
+
+    parameter: str
+    dim: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class LeafShape:
+    """Shape of a parameter or buffer, and its other names where it is tied."""
+
+    name: str
+    shape: tuple[int, ...]
+    aliases: tuple[str, ...]
+    is_parameter: bool
+
+
+@dataclass(frozen=True)
+class AttributeFix:
+    """An integer attribute of a module that follows a size (index into the cost model's sizes)."""
+
+    module: str
+    attribute: str
+    size: int
+
+
+@dataclass(frozen=True, eq=False)
+class Structure:
+    """Channel groups and cost of one model. Picklable; holds no tensor or module of it.
+
+    Attributes:
+        groups: what can be removed.
+        frozen: what can't, and why.
+        unknown_ops: operators without a rule, with the module that first called each.
+        untouched: parameters that the traced pass never read.
+        leaves: every parameter and buffer, by its first name.
+        module_types: class name of each module.
+        fixes: attributes to correct in a slim model.
+        sizes: cost terms and layer sizes as functions of the kept counts.
+    """
+
+    groups: tuple[ChannelGroup, ...]
+    frozen: tuple[Frozen, ...]
+    unknown_ops: dict[str, str]
+    untouched: tuple[str, ...]
+    leaves: dict[str, LeafShape]
+    module_types: dict[str, str]
+    fixes: tuple[AttributeFix, ...]
+    sizes: CostModel
+
+    def group(self, name: str) -> ChannelGroup:
+        """The group of that name, or the one that a module of that name produces."""
+        for g in self.groups:
+            if g.name == name:
+                return g
+        produced = [g for g in self.groups if name in g.producers]
+        if len(produced) == 1:
+            return produced[0]
+        known = ", ".join(g.name for g in self.groups[:8])
+        raise StructureError(f"no channel group {name!r}; groups are {known}, ...")
+
+    def cost(self, kept: Mapping[str, int] | None = None) -> Cost:
+        """Cost with `kept[group]` channels of each group; groups left out stay whole."""
+        return self.sizes.cost(self.counts(kept))
+
+    def cost_table(self, kept: Mapping[str, int] | None = None) -> list[LayerCost]:
+        """Parameters and MACs of each layer, in order of their first call."""
+        return self.sizes.table(self.counts(kept), self.module_types)
+
+    def counts(self, kept: Mapping[str, int] | None = None) -> NDArray[np.int64]:
+        """Kept counts of all groups in order, shape (groups,)."""
+        counts = self.sizes.full.copy()
+        if kept:
+            for name, count in kept.items():
+                at = self.sizes.index.get(name)
+                if at is None:
+                    raise StructureError(f"no channel group {name!r}")
+                counts[at] = count
+        return counts
+
+    def indices(self, kept: Kept) -> dict[str, NDArray[np.int64]]:
+        """Kept indices as sorted arrays, checked.
+
+        Raises:
+            StructureError: unknown group, index out of range, twice, or too few.
+        """
+        result = {}
+        for name, value in kept.items():
+            group = self.group(name)
+            if group.name in result:
+                raise StructureError(f"group {group.name!r} is given twice, also as {name!r}")
+            raw = np.asarray(value, dtype=np.int64).reshape(-1)
+            unique = np.unique(raw)
+            n = group.num_channels
+            if len(unique) != len(raw):
+                raise StructureError(f"group {name!r}: a channel index is given twice")
+            if len(unique) and (unique[0] < 0 or unique[-1] >= n):
+                raise StructureError(f"group {name!r} has channels 0..{n - 1}, got {unique[-1]}")
+            if len(unique) < group.min_kept:
+                raise StructureError(
+                    f"group {name!r} must keep at least {group.min_kept} of its {n} channels, "
+                    f"got {len(unique)}: a layer would be empty"
+                )
+            if len(unique) % group.multiple and len(unique) != n:
+                raise StructureError(
+                    f"group {name!r} must keep a multiple of {group.multiple}, got {len(unique)}"
+                )
+            result[group.name] = unique
+        return result
+
+    def keep_vectors(self, kept: Kept) -> dict[tuple[str, int], NDArray[np.bool_]]:
+        """For each (parameter, dim) that loses something: which indices stay, shape (size,)."""
+        vectors: dict[tuple[str, int], NDArray[np.bool_]] = {}
+        for name, indices in self.indices(kept).items():
+            group = self.group(name)
+            gone = np.ones(group.num_channels, dtype=np.bool_)
+            gone[indices] = False
+            if not gone.any():
+                continue
+            for m in group.members:
+                key = (m.parameter, m.dim)
+                if key not in vectors:
+                    size = self.leaves[m.parameter].shape[m.dim]
+                    vectors[key] = np.ones(size, dtype=np.bool_)
+                vectors[key][m.indices[gone].ravel()] = False
+        return vectors
+
+    def masks(self, kept: Kept) -> dict[str, Tensor]:
+        """Complete masks: parameter name -> bool tensor of its shape, True = keep."""
+        masks: dict[str, Tensor] = {}
+        for (name, dim), vector in self.keep_vectors(kept).items():
+            leaf = self.leaves[name]
+            if not leaf.is_parameter:
+                continue
+            mask = masks.setdefault(name, torch.ones(leaf.shape, dtype=torch.bool))
+            shape = [1] * len(leaf.shape)
+            shape[dim] = -1
+            mask &= torch.from_numpy(vector).reshape(shape)
+        return masks
+
+    def kept(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Kept channel indices of each group that loses some; the inverse of `masks`.
+
+        Raises:
+            StructureError: unknown names, wrong shapes, masks that don't cover whole channels
+                (see `complete`), or a layer that would be empty.
+        """
+        from raycompress.structure.completion import kept_from_masks
+
+        return kept_from_masks(self, masks)
+
+    def complete(
+        self,
+        masks: Mapping[str, Tensor],
+        *,
+        rule: Literal["intersection", "union"] = "intersection",
+    ) -> Completion:
+        """Completes masks of single layers to whole groups; see `completion.complete`."""
+        from raycompress.structure.completion import complete
+
+        return complete(self, masks, rule=rule)
+
+    def names(self) -> Iterable[str]:
+        """Names of all groups, in order."""
+        return (g.name for g in self.groups)

@@ -1,0 +1,141 @@
+"""Really smaller models in the user's own class, and the way back to dense shapes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from raycompress.errors import StructureError
+from raycompress.structure.model import Kept, Structure
+
+__all__ = ["expand", "slim"]
+
+_Vectors = dict[tuple[str, int], NDArray[np.bool_]]
+
+
+def slim(model: nn.Module, structure: Structure, kept: Kept) -> nn.Module:
+    """A copy of the model with only the kept channels: the same class, smaller and trainable.
+
+    Args:
+        model: the dense model that was analysed, with any weights.
+        structure: its structure.
+        kept: group name -> kept channel indices; groups left out stay whole.
+
+    Raises:
+        StructureError: `kept` or the model doesn't fit the structure.
+    """
+    vectors = structure.keep_vectors(kept)
+    by_name: dict[str, list[tuple[int, Tensor]]] = {}
+    for (name, dim), vector in vectors.items():
+        by_name.setdefault(name, []).append((dim, torch.from_numpy(np.flatnonzero(vector))))
+    # Cut tensors enter the copy through deepcopy's memo, so the dense ones are never copied and
+    # tied parameters stay tied.
+    memo: dict[int, Any] = {}
+    for name, tensor in _tensors(model, structure).items():
+        if name not in by_name:
+            continue
+        cut = tensor.detach()
+        for dim, index in by_name[name]:
+            cut = cut.index_select(dim, index.to(cut.device))
+        if isinstance(tensor, nn.Parameter):
+            cut = nn.Parameter(cut, requires_grad=tensor.requires_grad)
+        memo[id(tensor)] = cut
+    small = copy.deepcopy(model, memo)
+    counts = {name: len(index) for name, index in structure.indices(kept).items()}
+    sizes = structure.sizes.values(structure.counts(counts))
+    modules = dict(small.named_modules())
+    for fix in structure.fixes:
+        setattr(modules[fix.module], fix.attribute, int(sizes[fix.size]))
+    for module in {name.rpartition(".")[0] for name in by_name}:
+        _correct(modules[module])
+    return small
+
+
+def _tensors(model: nn.Module, structure: Structure) -> dict[str, Tensor]:
+    """Parameters and buffers by first name, checked against the structure."""
+    found: dict[str, Tensor] = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    for name, leaf in structure.leaves.items():
+        if name not in found or tuple(found[name].shape) != leaf.shape:
+            got = tuple(found[name].shape) if name in found else "nothing"
+            raise StructureError(
+                f"the model isn't the one analysed: {name!r} has shape {got}, not {leaf.shape}"
+            )
+    return found
+
+
+def _correct(module: nn.Module) -> None:
+    """Attributes of torch's own layers that only repeat the shape of a parameter."""
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, nn.modules.conv._ConvNd):
+        first, second = module.weight.shape[:2]
+        if module.transposed:
+            module.in_channels, module.out_channels = first, second * module.groups
+        else:
+            module.out_channels, module.in_channels = first, second * module.groups
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
+        tensor = module.weight if module.affine else module.running_mean
+        if tensor is not None:
+            module.num_features = len(tensor)
+    elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        if module.weight is not None:
+            module.normalized_shape = tuple(module.weight.shape)
+    elif isinstance(module, nn.GroupNorm):
+        if module.affine:
+            module.num_channels = len(module.weight)
+    elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        module.num_embeddings, module.embedding_dim = module.weight.shape
+    elif isinstance(module, nn.RNNBase):
+        module.input_size = module.weight_ih_l0.shape[1]
+        module.hidden_size = module.weight_hh_l0.shape[1]
+
+
+def expand(
+    structure: Structure, model: nn.Module, slim_state_dict: Mapping[str, Tensor], kept: Kept
+) -> dict[str, Tensor]:
+    """A dense state dict with the slim weights in place and zeros elsewhere.
+
+    The running variance of removed channels is 1. Loaded into the dense model, it computes what
+    the slim model does.
+
+    Args:
+        structure: of the dense model.
+        model: the dense model, for shapes, dtypes and what isn't in the structure.
+        slim_state_dict: of the slim model.
+        kept: the indices that the slim model was made with.
+    """
+    vectors = structure.keep_vectors(kept)
+    first = {a: leaf.name for leaf in structure.leaves.values() for a in leaf.aliases}
+    result: dict[str, Tensor] = {}
+    for key, dense in model.state_dict().items():
+        if key not in slim_state_dict:
+            raise StructureError(f"the slim state dict lacks {key!r}")
+        small = slim_state_dict[key]
+        name = first.get(key, key)
+        places = {d: v for (n, d), v in vectors.items() if n == name}
+        index = [
+            torch.from_numpy(np.flatnonzero(places[d])) if d in places else torch.arange(size)
+            for d, size in enumerate(dense.shape)
+        ]
+        expected = tuple(len(i) for i in index)
+        if tuple(small.shape) != expected:
+            raise StructureError(
+                f"slim {key!r} has shape {tuple(small.shape)}, the kept channels give {expected}"
+            )
+        if not places:
+            result[key] = small.clone()
+            continue
+        fill = 1.0 if key.endswith("running_var") else 0.0
+        full = torch.full_like(dense, fill, dtype=small.dtype, device=small.device)
+        full[torch.meshgrid(*[i.to(small.device) for i in index], indexing="ij")] = small
+        result[key] = full
+    return result

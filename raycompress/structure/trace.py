@@ -1,0 +1,457 @@
+"""One eager forward pass with labels beside every tensor.
+
+Each ATen operator is intercepted below autograd. The rule for it (`operators.py` and the modules
+that it imports) computes the facets of the outputs from those of the inputs. An operator without
+a rule freezes what it touches, is listed, and never raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from raycompress.structure.labels import Facets, LabelSpace, canonical, spread, varying
+
+__all__ = ["Call", "Leaf", "Rule", "SizeSeen", "Term", "Trace", "trace"]
+
+_LABELS = "_raycompress_facets"
+_DATA = "_raycompress_data"
+_VIEW = "_raycompress_view"
+
+
+@dataclass
+class Leaf:
+    """A parameter or buffer of the model.
+
+    Attributes:
+        name: its first name; `aliases` holds the others where it is tied.
+        facets: one for each dim of size > 1, made when an operator first reads the leaf.
+        starts: first label id along each dim (0: no labels).
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    tensor: Tensor
+    is_parameter: bool
+    facets: Facets | None = None
+    starts: list[int] = field(default_factory=list)
+    roles: dict[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Term:
+    """coefficient * product of the sizes of a tensor whose facets say what may disappear."""
+
+    kind: str  # "macs" | "bytes"
+    module: str
+    coefficient: int
+    shape: tuple[int, ...]
+    facets: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class SizeSeen:
+    """A size that the code of a module passed to an operator, and the dim that it stands for.
+
+    `attribute` names the module's attribute where the operator says which it is.
+    """
+
+    module: str
+    value: int
+    shape: tuple[int, ...]
+    facets: tuple[Tensor, ...]
+    dim: int
+    attribute: str = ""
+
+
+@dataclass
+class Call:
+    """One operator call, as a rule sees it."""
+
+    tracer: Trace
+    name: str
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    out: Any
+    before: dict[str, Any]
+    first_shape: tuple[int, ...] = ()
+
+    @property
+    def space(self) -> LabelSpace:
+        """The labels of this trace."""
+        return self.tracer.space
+
+    def arg(self, name: str) -> Any:
+        """The argument of that name in the operator's schema."""
+        return self.before[name]
+
+    def has(self, name: str) -> bool:
+        """Whether the schema has such an argument."""
+        return name in self.before
+
+    def tensors(self) -> list[Tensor]:
+        """All tensor arguments, also those in lists."""
+        found: list[Tensor] = []
+        for value in self.before.values():
+            if isinstance(value, Tensor):
+                found.append(value)
+            elif isinstance(value, (list, tuple)):
+                found += [v for v in value if isinstance(v, Tensor)]
+        return found
+
+    def facets(self, tensor: Tensor) -> Facets:
+        """Facets of an argument."""
+        return self.tracer.facets(tensor)
+
+    def set(self, tensor: Tensor, facets: Facets) -> None:
+        """Gives an output its facets."""
+        self.tracer.set(tensor, facets)
+
+
+Rule = Callable[[Call], None]
+
+
+@dataclass
+class Trace:
+    """What one forward pass showed."""
+
+    space: LabelSpace
+    leaves: list[Leaf]
+    terms: list[Term] = field(default_factory=list)
+    sizes: list[SizeSeen] = field(default_factory=list)
+    unknown: dict[str, str] = field(default_factory=dict)  # operator -> module where it was first
+    called: list[str] = field(default_factory=list)  # modules, in order of their first call
+    batch: int = 1
+    _by_id: dict[int, Leaf] = field(default_factory=dict)
+    _by_storage: dict[tuple[int, tuple[int, ...]], Leaf] = field(default_factory=dict)
+    stack: list[str] = field(default_factory=list)
+    _spans: list[tuple[int, Leaf, int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for leaf in self.leaves:
+            self._by_id[id(leaf.tensor)] = leaf
+            if leaf.tensor.numel():
+                self._by_storage[leaf.tensor.data_ptr(), tuple(leaf.tensor.shape)] = leaf
+
+    @property
+    def module(self) -> str:
+        """Name of the module whose forward is running."""
+        return self.stack[-1] if self.stack else ""
+
+    def leaf(self, tensor: Tensor) -> Leaf | None:
+        """The parameter or buffer that this tensor is, or None."""
+        leaf = self._by_id.get(id(tensor))
+        if leaf is None and self._by_storage and not hasattr(tensor, _LABELS):
+            # `parameter.data` and tensors from a flattened list are other objects.
+            try:
+                pointer = tensor.data_ptr()
+            except RuntimeError:
+                return None
+            leaf = self._by_storage.get((pointer, tuple(tensor.shape)))
+            if leaf is not None and leaf.tensor.stride() != tensor.stride():
+                return None
+        return leaf
+
+    def facets(self, tensor: Tensor) -> Facets:
+        """Facets of any tensor; reading a leaf for the first time gives it fresh labels."""
+        known: Facets | None = getattr(tensor, _LABELS, None)
+        if known is not None:
+            return known
+        leaf = self.leaf(tensor)
+        if leaf is None:
+            return []
+        if leaf.facets is None:
+            leaf.facets = []
+            for dim, size in enumerate(tensor.shape):
+                if size > 1 and tensor.is_floating_point():
+                    leaf.starts.append(self.space.count)
+                    self._spans.append((self.space.count, leaf, dim))
+                    shape = [1] * tensor.dim()
+                    shape[dim] = size
+                    leaf.facets.append(self.space.fresh(size).reshape(shape))
+                else:
+                    leaf.starts.append(0)
+        return leaf.facets
+
+    def set(self, tensor: Tensor, facets: Facets) -> None:
+        """Gives a tensor its facets."""
+        for f in facets:
+            assert f.dim() == tensor.dim(), (tuple(f.shape), tuple(tensor.shape))
+        leaf = self._by_id.get(id(tensor))
+        if leaf is None:
+            setattr(tensor, _LABELS, [f for f in facets if varying(f)])
+
+    def is_data(self, tensor: Tensor) -> bool:
+        """Whether a tensor depends on the model's input."""
+        return bool(getattr(tensor, _DATA, False))
+
+    def role(self, facets: Facets, role: str) -> None:
+        """Remembers which role the leaves play whose labels these facets carry."""
+        starts = np.array([first for first, _, _ in self._spans])
+        for facet in facets:
+            ids = np.unique(facet.numpy())
+            for at in np.unique(np.searchsorted(starts, ids, side="right") - 1):
+                first, leaf, dim = self._spans[at]
+                # Labels between the spans are conjunctions, which no leaf owns.
+                mine = (ids >= first) & (ids < first + leaf.tensor.shape[dim])
+                if at >= 0 and mine.any() and leaf.roles.get(dim) != "producer":
+                    leaf.roles[dim] = role
+
+    def multiply_adds(self, coefficient: int, shape: Sequence[int], facets: Facets) -> None:
+        """Adds `coefficient * prod(shape)` multiply-adds of the running module."""
+        self.terms.append(Term("macs", self.module, coefficient, tuple(shape), tuple(facets)))
+
+    def saw(
+        self, value: int, shape: Sequence[int], facets: Facets, dim: int, attribute: str = ""
+    ) -> None:
+        """Remembers a size that the module's code depends on."""
+        self.sizes.append(SizeSeen(self.module, value, tuple(shape), tuple(facets), dim, attribute))
+
+
+def _outputs(out: Any) -> list[Tensor]:
+    if isinstance(out, Tensor):
+        return [out]
+    if isinstance(out, (list, tuple)):
+        return [t for o in out for t in _outputs(o)]
+    return []
+
+
+class _Mode(TorchDispatchMode):
+    def __init__(self, tracer: Trace, find: Callable[[Any], Rule | None]) -> None:
+        super().__init__()
+        self.tracer = tracer
+        self.find = find
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        tracer = self.tracer
+        schema = func._schema
+        bound: dict[str, Any] = {}
+        for i, argument in enumerate(schema.arguments):
+            if i < len(args):
+                bound[argument.name] = args[i]
+            elif argument.name in kwargs:
+                bound[argument.name] = kwargs[argument.name]
+            elif argument.has_default_value():
+                bound[argument.name] = argument.default_value
+        name = schema.name.rsplit("::", 1)
+        mutated = [
+            a.name
+            for a in schema.arguments
+            if a.alias_info is not None and a.alias_info.is_write and a.name in bound
+        ]
+        base = name[1].removesuffix("_") if mutated and name[1].endswith("_") else name[1]
+        call = Call(tracer, f"{name[0]}::{base}", func, args, kwargs, None, bound)
+        inputs = call.tensors()
+        for t in inputs:  # labels are made for the shape before an in-place operator changes it
+            tracer.facets(t)
+        call.first_shape = tuple(inputs[0].shape) if inputs else ()
+        data = any(tracer.is_data(t) for t in inputs)
+        call.out = func(*args, **kwargs)
+        outputs = _outputs(call.out)
+        for t in outputs:
+            if data:
+                setattr(t, _DATA, True)
+        rule = self.find(func)
+        if rule is None:
+            self._unknown(call, inputs, outputs)
+        else:
+            rule(call)
+        self._views(call, bound, outputs, mutated)
+        return call.out
+
+    def _unknown(self, call: Call, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        tracer = self.tracer
+        if any(tracer.facets(t) for t in inputs):
+            tracer.unknown.setdefault(call.name, tracer.module)
+        for t in inputs:
+            for facet in tracer.facets(t):
+                tracer.space.freeze(facet, f"operator {call.name} has no rule")
+        for t in outputs:
+            tracer.set(t, [])
+
+    def _views(
+        self, call: Call, bound: dict[str, Any], outputs: list[Tensor], mutated: list[str]
+    ) -> None:
+        """Remembers views, so that writing into one also writes labels into its base."""
+        tracer = self.tracer
+        if mutated:
+            for name in mutated:
+                if isinstance(bound[name], Tensor):
+                    _write_back(tracer, bound[name])
+                    for t in call.tensors():
+                        if tracer.is_data(t):
+                            setattr(bound[name], _DATA, True)
+            return
+        returns = call.func._schema.returns
+        is_view = any(r.alias_info is not None for r in returns)
+        if is_view:
+            source = next((v for v in bound.values() if isinstance(v, Tensor)), None)
+            for i, t in enumerate(outputs):
+                if source is not None and t is not source:
+                    setattr(t, _VIEW, (source, call.func, call.args, call.kwargs, i))
+        else:
+            for t in outputs:
+                if tracer.is_data(t):
+                    item = t.element_size()
+                    tracer.terms.append(
+                        Term("bytes", tracer.module, item, tuple(t.shape), tuple(tracer.facets(t)))
+                    )
+
+
+def _write_back(tracer: Trace, view: Tensor) -> None:
+    """After an in-place write into a view: the labels of its base, element by element."""
+    link = getattr(view, _VIEW, None)
+    if link is None:
+        return
+    base, func, args, kwargs, index = link
+    written = tracer.facets(view)
+    old = tracer.facets(base)
+    if not written and not old:
+        return
+    result: Facets = []
+    free = list(old)
+    for facet in written or [None]:
+        match = None
+        if facet is not None:
+            seen = [f for f in free if _shows(f, base, func, args, kwargs, index, varying(facet))]
+            match = seen[0] if seen else None
+        elif free:
+            match = free[0]
+        if match is not None:
+            free = [f for f in free if f is not match]
+            full = spread(match, base.shape).clone()
+        else:
+            full = torch.zeros(tuple(base.shape), dtype=torch.int64)
+        target = func(full, *args[1:], **kwargs)
+        target = target if isinstance(target, Tensor) else target[index]
+        target.copy_(0 if facet is None else spread(facet, view.shape))
+        kept = canonical(full)
+        if kept is not None:
+            tracer.space.keep_rectangular([kept])
+            result.append(kept)
+    tracer.set(base, result + free)
+    _write_back(tracer, base)
+
+
+def _shows(
+    facet: Tensor, base: Tensor, func: Any, args: Any, kwargs: Any, index: int, dims: Any
+) -> bool:
+    """Whether the facet of the base varies along the same dims when seen through the view."""
+    seen = func(spread(facet, base.shape), *args[1:], **kwargs)
+    seen = canonical(seen if isinstance(seen, Tensor) else seen[index])
+    return seen is not None and varying(seen) == tuple(dims)
+
+
+@contextmanager
+def _quiet(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, no fused kernels that hide operators; everything is put back."""
+    modes = {m: m.training for m in model.modules()}
+    fast = torch.backends.mha.get_fastpath_enabled()
+    recurrent = any(isinstance(m, nn.RNNBase) for m in model.modules())
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if recurrent:  # oneDNN runs a whole recurrent layer as one opaque operator
+            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+        torch.backends.mha.set_fastpath_enabled(False)
+        model.eval()
+        try:
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
+            for module, training in modes.items():
+                module.training = training
+
+
+def _leaves(model: nn.Module) -> list[Leaf]:
+    found: dict[int, Leaf] = {}
+    named = [(n, t, True) for n, t in model.named_parameters(remove_duplicate=False)]
+    named += [(n, t, False) for n, t in model.named_buffers(remove_duplicate=False)]
+    for name, tensor, is_parameter in named:
+        if id(tensor) in found:
+            found[id(tensor)].aliases += (name,)
+        else:
+            found[id(tensor)] = Leaf(name, (), tensor, is_parameter)
+    return list(found.values())
+
+
+def trace(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    find: Callable[[Any], Rule | None],
+) -> Trace:
+    """Runs the model once and returns what the labels showed."""
+    tracer = Trace(LabelSpace(), _leaves(model))
+    inputs = [t for t in _flat((args, kwargs)) if isinstance(t, Tensor)]
+    tracer.batch = next((t.shape[0] for t in inputs if t.dim()), 1)
+    handles = []
+    for name, module in model.named_modules():
+
+        def enter(_module: nn.Module, _args: Any, name: str = name) -> None:
+            tracer.stack.append(name)
+            if name not in tracer.called:
+                tracer.called.append(name)
+
+        def leave(_module: nn.Module, _args: Any, _out: Any) -> None:
+            tracer.stack.pop()
+
+        handles.append(module.register_forward_pre_hook(enter))
+        handles.append(module.register_forward_hook(leave))
+    try:
+        with _quiet(model):
+            args, kwargs = _map((args, kwargs), _fresh_input)
+            with _Mode(tracer, find):
+                out = model(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for tensor in _flat(out):
+        if isinstance(tensor, Tensor):
+            for facet in tracer.facets(tensor):
+                tracer.space.freeze(facet, "reaches the model's output")
+    return tracer
+
+
+def _fresh_input(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    value = value.detach().clone()  # the caller's tensor carries no labels, and isn't written to
+    setattr(value, _DATA, True)
+    setattr(value, _LABELS, [])
+    return value
+
+
+def _map(value: Any, function: Callable[[Any], Any]) -> Any:
+    if isinstance(value, dict):
+        return {k: _map(v, function) for k, v in value.items()}
+    if isinstance(value, tuple) and not hasattr(value, "_fields"):
+        return tuple(_map(v, function) for v in value)
+    if isinstance(value, list):
+        return [_map(v, function) for v in value]
+    return function(value)
+
+
+def _flat(value: Any) -> list[Any]:
+    """Tensors in any nesting of containers; objects are searched by their attributes."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        return [t for v in value.values() for t in _flat(v)]
+    if isinstance(value, (list, tuple, set)):
+        return [t for v in value for t in _flat(v)]
+    if hasattr(value, "__dict__") and not isinstance(value, (nn.Module, type)):
+        return [t for v in vars(value).values() for t in _flat(v)]
+    return []
