@@ -3,7 +3,7 @@
 from raycompress.structure.analyze import analyze
 from raycompress.structure.completion import Change, Completion
 from raycompress.structure.cost import Cost, LayerCost
-from raycompress.structure.latency import Latency, file_size, measure
+from raycompress.structure.latency import LatencyRow, file_size, measure
 from raycompress.structure.model import ChannelGroup, Frozen, Member, Structure
 from raycompress.structure.operators import register_operator
 from raycompress.structure.rules_elementwise import elementwise
@@ -18,7 +18,7 @@ __all__ = [
     "Completion",
     "Cost",
     "Frozen",
-    "Latency",
+    "LatencyRow",
     "LayerCost",
     "Member",
     "Structure",

@@ -61,14 +61,15 @@ def checked(structure: Structure, masks: Mapping[str, Tensor]) -> dict[str, NDAr
                 f"mask for {name!r} has shape {tuple(mask.shape)}, the parameter {leaf.shape}"
             )
         values = mask.detach().cpu().bool().numpy()
-        result[leaf.name] = result[leaf.name] & values if leaf.name in result else values
+        before = result.get(leaf.name)
+        result[leaf.name] = values if before is None else np.logical_and(before, values)
     return result
 
 
 def lines_gone(mask: NDArray[np.bool_], dim: int) -> NDArray[np.bool_]:
     """Which indices along dim are masked altogether, shape (size,)."""
-    gone: NDArray[np.bool_] = ~mask.any(axis=tuple(d for d in range(mask.ndim) if d != dim))
-    return gone
+    others = tuple(d for d in range(mask.ndim) if d != dim)
+    return np.asarray(np.logical_not(np.any(mask, axis=others)), dtype=np.bool_)
 
 
 def _by_member(member: Member, gone: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -151,7 +152,8 @@ def complete(
         if not any(a.any() for a in asked.values()):
             continue
         votes = np.stack(list(asked.values()))
-        gone = votes.all(axis=0) if rule == "intersection" else votes.any(axis=0)
+        agreed = np.all(votes, axis=0) if rule == "intersection" else np.any(votes, axis=0)
+        gone = np.asarray(agreed, dtype=np.bool_)
         note = "" if (votes == gone).all() else f"layers disagree; {rule} taken"
         if group.num_channels - gone.sum() < group.min_kept:
             spared = np.flatnonzero(gone)[: group.min_kept]

@@ -106,8 +106,8 @@ class LabelSpace:
 
     def unite(self, left: Tensor, right: Tensor) -> None:
         """These labels go together, element by element after broadcasting."""
-        a, b = torch.broadcast_tensors(left, right)
-        a, b = a.reshape(-1), b.reshape(-1)
+        shape = torch.broadcast_shapes(left.shape, right.shape)
+        a, b = left.expand(shape).reshape(-1), right.expand(shape).reshape(-1)
         different = a != b
         if bool(different.any()):
             self.edges.append((a[different].numpy(), b[different].numpy()))

@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-__all__ = ["Latency", "file_size", "measure"]
+__all__ = ["LatencyRow", "file_size", "measure"]
 
 Inputs = tuple[Any, ...] | dict[str, Any] | Tensor
 
 
 @dataclass(frozen=True)
-class Latency:
+class LatencyRow:
     """Forward time of one model at one batch size, in milliseconds; p10 and p90 are the spread."""
 
     name: str
@@ -37,7 +37,7 @@ def measure(
     repeats: int = 20,
     warmup: int = 3,
     device: str | torch.device | None = None,
-) -> list[Latency]:
+) -> list[LatencyRow]:
     """Measures forward passes in evaluation and inference mode.
 
     Args:
@@ -70,7 +70,9 @@ def measure(
                             times[name].append(took)
             for name, values in times.items():
                 p10, median, p90 = np.percentile(values, [10, 50, 90])
-                rows.append(Latency(name, size, float(median), float(p10), float(p90), len(values)))
+                rows.append(
+                    LatencyRow(name, size, float(median), float(p10), float(p90), len(values))
+                )
     finally:
         for name, model in models.items():
             model.to(homes[name])

@@ -119,11 +119,11 @@ class Pools:
             values, places = np.unique(cls[mine], return_index=True)
             sequence = values[np.argsort(places)]  # channels in the order of the first producer
             self.position[sequence] = np.arange(len(sequence))
-            names = dict.fromkeys(
+            owners = dict.fromkeys(
                 owner_of(dims[i][0].name) or dims[i][0].name for _, i in sorted(producers)
             )
             start = (min(producers)[0], int(np.flatnonzero(mine)[0]))
-            drafts.append((start, p, sequence, dims, tuple(names)))
+            drafts.append((start, p, sequence, dims, tuple(owners)))
         drafts.sort(key=lambda d: (*d[0], d[1]))
         renumber = np.full(len(drafts) + 1, -1, dtype=np.int64)
         for new, (_, p, *_) in enumerate(drafts):

@@ -151,11 +151,11 @@ def _cat(call: Call) -> None:
                 new: list[Tensor | None] = [None] * len(tensors)
                 new[i] = facet
                 along.append(new)
-        shape = [1 if d == dim else s for d, s in enumerate(tensor.shape)]
+        narrow = [1 if d == dim else s for d, s in enumerate(tensor.shape)]
         if i == 0:
-            rest, rest_shape = others, shape
+            rest, rest_shape = others, narrow
         else:
-            rest = merge(call.space, rest, rest_shape, others, shape)
+            rest = merge(call.space, rest, rest_shape, others, narrow)
     joined: Facets = []
     for row in along:
         width = [max(f.shape[d] for f in row if f is not None) for d in range(call.out.dim())]
@@ -169,8 +169,7 @@ def _cat(call: Call) -> None:
             joined.append(whole)
     call.space.keep_rectangular(joined)
     shape = tuple(call.out.shape)
-    narrow = tuple(1 if d == dim else s for d, s in enumerate(shape))
-    call.set(call.out, merge(call.space, joined, shape, rest, narrow))
+    call.set(call.out, merge(call.space, joined, shape, rest, rest_shape))
 
 
 def _stack(call: Call) -> None:

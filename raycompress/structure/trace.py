@@ -227,7 +227,7 @@ def _outputs(out: Any) -> list[Tensor]:
 
 class _Mode(TorchDispatchMode):
     def __init__(self, tracer: Trace, find: Callable[[Any], Rule | None]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.tracer = tracer
         self.find = find
 
@@ -322,7 +322,8 @@ def _write_back(tracer: Trace, view: Tensor) -> None:
         return
     result: Facets = []
     free = list(old)
-    for facet in written or [None]:
+    sources: list[Tensor | None] = list(written)
+    for facet in sources or [None]:
         match = None
         if facet is not None:
             seen = [f for f in free if _shows(f, base, func, args, kwargs, index, varying(facet))]
@@ -336,7 +337,10 @@ def _write_back(tracer: Trace, view: Tensor) -> None:
             full = torch.zeros(tuple(base.shape), dtype=torch.int64)
         target = func(full, *args[1:], **kwargs)
         target = target if isinstance(target, Tensor) else target[index]
-        target.copy_(0 if facet is None else spread(facet, view.shape))
+        if facet is None:
+            target.zero_()
+        else:
+            target.copy_(spread(facet, view.shape))
         kept = canonical(full)
         if kept is not None:
             tracer.space.keep_rectangular([kept])
@@ -377,7 +381,9 @@ def _quiet(model: nn.Module) -> Iterator[None]:
 
 def _leaves(model: nn.Module) -> list[Leaf]:
     found: dict[int, Leaf] = {}
-    named = [(n, t, True) for n, t in model.named_parameters(remove_duplicate=False)]
+    named: list[tuple[str, Tensor, bool]] = [
+        (n, t, True) for n, t in model.named_parameters(remove_duplicate=False)
+    ]
     named += [(n, t, False) for n, t in model.named_buffers(remove_duplicate=False)]
     for name, tensor, is_parameter in named:
         if id(tensor) in found:

@@ -55,14 +55,14 @@ def verify(
     if [t.shape for t in expected] != [t.shape for t in got]:
         shapes = [tuple(t.shape) for t in got], [tuple(t.shape) for t in expected]
         return Verdict("wrong", float("inf"), (f"output shapes are {shapes[0]}, not {shapes[1]}",))
-    error = max((_error(a, b) for a, b in zip(expected, got, strict=True)), default=0.0)
+    worst = max((_error(a, b) for a, b in zip(expected, got, strict=True)), default=0.0)
     used = next((t.dtype for t in expected if t.is_floating_point()), torch.float32)
     tolerance = 1e-8 if used == torch.float64 else 1e-4 if used == torch.float32 else 2e-2
-    if error <= tolerance:
-        return Verdict("exact", error)
+    if worst <= tolerance:
+        return Verdict("exact", worst)
     groups = structure.groups if structure is not None else ()
     reasons = tuple(dict.fromkeys(g.reason for g in groups if not g.exact and _lost(masked, slim)))
-    return Verdict("inexact" if reasons else "wrong", error, reasons)
+    return Verdict("inexact" if reasons else "wrong", worst, reasons)
 
 
 def _lost(masked: nn.Module, slim: nn.Module) -> bool:
