@@ -74,8 +74,7 @@ def lines_gone(mask: NDArray[np.bool_], dim: int) -> NDArray[np.bool_]:
 
 def _by_member(member: Member, gone: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Channels all of whose indices are gone, shape (num_channels,)."""
-    result: NDArray[np.bool_] = gone[member.indices].all(axis=1)
-    return result
+    return np.asarray(np.all(gone[member.indices], axis=1), dtype=np.bool_)
 
 
 def kept_from_masks(structure: Structure, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -106,11 +106,11 @@ class LabelSpace:
 
     def unite(self, left: Tensor, right: Tensor) -> None:
         """These labels go together, element by element after broadcasting."""
-        shape = torch.broadcast_shapes(left.shape, right.shape)
-        a, b = left.expand(shape).reshape(-1), right.expand(shape).reshape(-1)
+        broad_a, broad_b = np.broadcast_arrays(left.numpy(), right.numpy())
+        a, b = broad_a.ravel(), broad_b.ravel()
         different = a != b
-        if bool(different.any()):
-            self.edges.append((a[different].numpy(), b[different].numpy()))
+        if different.any():
+            self.edges.append((a[different], b[different]))
 
     def unite_along(self, facet: Tensor, dims: Sequence[int]) -> Tensor:
         """Makes the labels equal along the dims, and returns the facet without them."""

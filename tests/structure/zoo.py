@@ -32,6 +32,8 @@ def declare_torchvision_operators() -> None:
         library = torch.library.Library("torchvision", "FRAGMENT")
         for schema in (
             "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+            "qnms(Tensor a, Tensor b, float c) -> Tensor",
+            "qroi_align(Tensor a, Tensor b, float c, int d, int e, int f, bool g) -> Tensor",
             "roi_align(Tensor a, Tensor b, float c, int d, int e, int f, bool g) -> Tensor",
             "_roi_align_backward(Tensor a, Tensor b, float c, int d, int e, int f, int g, int h,"
             " int i, int j, bool k) -> Tensor",
