@@ -1,0 +1,159 @@
+"""The connection to Ray: a given cluster, one that runs here, or one started for the job."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import socket
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from raycompress.config import ClusterConfig
+from raycompress.errors import ClusterError
+
+__all__ = ["bundle", "check_feasible", "connect"]
+
+_log = logging.getLogger(__name__)
+
+REACH_SECONDS = 10.0
+"""How long a cluster's address is tried."""
+
+
+@contextmanager
+def connect(cluster: ClusterConfig) -> Iterator[None]:
+    """Connects this process to Ray, and ends what it started when the block is left.
+
+    In this order: the connection that this process has, `cluster.address`, `RAY_ADDRESS` (set in a
+    submitted job), a cluster that `ray start` started on this machine, a local one of its own.
+
+    Raises:
+        ClusterError: The address can't be reached.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    address = cluster.address or os.environ.get("RAY_ADDRESS") or _running_here()
+    options: dict[str, Any] = {
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "configure_logging": False,
+    }
+    if address in (None, "local"):
+        num_cpus = max(os.cpu_count() or 1, math.ceil(cluster.replicas * cluster.cpus) + 1)
+        _log.info(
+            "no Ray cluster here: starting a local one with %d logical CPUs (%d cores)",
+            num_cpus,
+            os.cpu_count() or 1,
+        )
+        options |= {"address": "local", "num_cpus": num_cpus, "include_dashboard": False}
+    else:
+        _check_address(address)
+        options["address"] = address
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ray.init(**options)
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError, ray.exceptions.RayError) as e:
+        hint = (
+            "; set RAY_AUTH_MODE to the same value here and where the cluster was started"
+            if "auth" in f"{type(e).__name__} {e}".lower()
+            else ""
+        )
+        raise ClusterError(
+            f"can't connect to Ray ({address or 'a local one'}): {type(e).__name__}: "
+            f"{str(e).strip().splitlines()[0] if str(e).strip() else ''}{hint}"
+        ) from e
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def bundle(cluster: ClusterConfig, resources: Mapping[str, float] | None = None) -> dict[str, Any]:
+    """What one replica asks of a node."""
+    wanted = {"CPU": cluster.cpus, "GPU": cluster.gpus, **(resources or {})}
+    return {name: amount for name, amount in wanted.items() if amount > 0}
+
+
+def check_feasible(bundles: Sequence[Mapping[str, float]], what: str) -> None:
+    """Compares bundles with what the cluster has in all, free or not.
+
+    Args:
+        bundles: Resources by name, each to be met by one node.
+        what: Who asks, for the message.
+
+    Raises:
+        ClusterError: They can never fit, and Ray would wait for ever.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    problem = None
+    for each in bundles:
+        if not any(all(n.get(k, 0.0) >= v for k, v in each.items()) for n in nodes):
+            problem = f"no node has {_words(each)}"
+    for name in sorted({name for each in bundles for name in each}):
+        asked = sum(each.get(name, 0.0) for each in bundles)
+        there = sum(node.get(name, 0.0) for node in nodes)
+        if problem is None and asked > there + 1e-6:
+            problem = f"they need {asked:g} {name} in all, the cluster has {there:g}"
+    if problem is not None:
+        raise ClusterError(
+            f"{what}: {problem} ({describe()}). Lower cluster.replicas, cluster.cpus or "
+            "cluster.gpus, or use a larger cluster"
+        )
+
+
+def describe() -> str:
+    """The cluster's nodes and resources, in words."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return f"{len(nodes)} node(s): " + "; ".join(_words(node) or "nothing" for node in nodes[:8])
+
+
+def _words(resources: Mapping[str, float]) -> str:
+    hidden = ("memory", "object_store_memory")
+    return ", ".join(
+        f"{amount:g} {name}"
+        for name, amount in sorted(resources.items())
+        if name not in hidden
+        and not name.startswith(("node:", "accelerator_type:", "bundle"))
+        and "_group_" not in name
+    )
+
+
+def _running_here() -> str | None:
+    """Address of the cluster that `ray start` started on this machine, if it still answers."""
+    folder = Path(os.environ.get("RAY_TMPDIR") or os.environ.get("RAY_TEMP_DIR") or "/tmp")
+    path = folder / "ray" / "ray_current_cluster"
+    try:
+        address = path.read_text().strip()
+    except OSError:
+        return None
+    return address if address and _answers(address, 2.0) else None
+
+
+def _check_address(address: str) -> None:
+    if "://" in address:
+        raise ClusterError(
+            f"cluster.address must be host:port of a running cluster, got {address}: "
+            "submit the job there instead (raycompress submit, or ray job submit)"
+        )
+    if address != "auto" and not _answers(address, REACH_SECONDS):
+        raise ClusterError(
+            f"no Ray cluster answers at {address} (tried for {REACH_SECONDS:g} s): check "
+            "cluster.address and RAY_ADDRESS, or leave both empty to run locally"
+        )
+
+
+def _answers(address: str, seconds: float) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host, int(port)), timeout=seconds):
+            return True
+    except (OSError, ValueError):
+        return False

@@ -1,0 +1,259 @@
+"""The executor on Ray: replica actors, and the loop that keeps them busy and survives their loss.
+
+Results don't depend on how many replicas there are, in what order they answer, or which of them
+are lost: a unit carries all that it needs, and whoever answers, its sums are the same.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import ray
+
+from raycompress.config import ClusterConfig
+from raycompress.distributed.cluster import bundle, check_feasible
+from raycompress.distributed.slots import Slot, loss_reason, wait_ready
+from raycompress.distributed.spec import PackedWeights, PoolSpec, SharedSpec
+from raycompress.errors import EvaluationError
+from raycompress.executor import LedgerExecutor
+from raycompress.host import HostInfo, Unit, UnitResult
+from raycompress.ledger import Ledger
+from raycompress.search import Candidate, Ranking
+from raycompress.structure.latency import LatencyRow
+from raycompress.task import Progress
+from raycompress.weights import Weights
+
+__all__ = ["ReplicaPool"]
+
+_log = logging.getLogger(__name__)
+
+DEPTH = 2
+"""Units in flight for each replica: one runs, the next is there when it ends."""
+
+MAX_LOSSES = 3
+"""A unit that was running in this many replicas when they were lost counts as the cause."""
+
+POLL_SECONDS = 0.5
+"""How often deadlines and training progress are looked at while nothing finishes."""
+
+
+class ReplicaPool(LedgerExecutor):
+    """Runs units on replica actors; a context manager that ends them.
+
+    Inside a Tune trial the actors land in the trial's placement group.
+
+    Args:
+        spec: What the replicas host.
+        cluster: How many there are, what each takes, and the deadlines.
+        ledger: Where finished work is recorded; None keeps it in memory.
+        progress: Called with (step, number of steps, loss) while a training unit runs.
+        resources: Custom Ray resources of each replica.
+        reserved: Its resources are set aside already, by a placement group.
+
+    Raises:
+        ClusterError: The cluster can't host the replicas, they weren't up in time, or they differ.
+        TaskError: The task can't be made in a replica.
+    """
+
+    def __init__(
+        self,
+        spec: PoolSpec | SharedSpec,
+        cluster: ClusterConfig | None = None,
+        *,
+        ledger: Ledger | None = None,
+        progress: Progress | None = None,
+        resources: Mapping[str, float] | None = None,
+        reserved: bool = False,
+    ) -> None:
+        cluster = cluster if cluster is not None else ClusterConfig()
+        shared = spec.share() if isinstance(spec, PoolSpec) else spec
+        structure = spec.structure if isinstance(spec, PoolSpec) else ray.get(shared.structure)
+        super().__init__(structure, shared.evaluation, ledger, progress)
+        self.cluster = cluster
+        self.num_lost = 0
+        self._shared = shared
+        self._resources = dict(resources or {})
+        self._published: list[Any] = list(shared.weights)
+        self._num_started = 0
+        if not reserved:
+            asked = bundle(cluster, self._resources)
+            check_feasible([asked] * cluster.replicas, f"{cluster.replicas} replicas don't fit")
+        self._slots: list[Slot] = []
+        try:
+            for _ in range(cluster.replicas):
+                self._slots.append(self._start())
+            self._info = wait_ready(self._slots, self._start, cluster)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def num_workers(self) -> int:
+        """Replicas that the job asked for."""
+        return self.cluster.replicas
+
+    @property
+    def info(self) -> HostInfo:
+        """What the hosts are; the same for all of them."""
+        return self._info
+
+    @property
+    def replicas(self) -> list[Any]:
+        """Handles of the replicas' actors, as they are now."""
+        return [slot.actor for slot in self._slots]
+
+    def share(self, digest: str, weights: Weights) -> None:
+        """Puts weights into the object store once, for all replicas and their replacements."""
+        self._broadcast(ray.put(PackedWeights.pack(digest, weights)))
+
+    def latency(
+        self, candidates: Mapping[str, Candidate], batch_sizes: Sequence[int], repeats: int
+    ) -> list[LatencyRow]:
+        """Measures candidates against each other on one replica; the others stand idle.
+
+        Raises:
+            EvaluationError: The replica was lost `MAX_LOSSES` times.
+        """
+        reason = ""
+        for _ in range(MAX_LOSSES):
+            slot = self._any_ready()
+            try:
+                rows: list[LatencyRow] = ray.get(
+                    slot.actor.latency.remote(dict(candidates), tuple(batch_sizes), repeats)
+                )
+                return rows
+            except ray.exceptions.RayTaskError:
+                raise
+            except ray.exceptions.RayError as error:
+                reason = loss_reason(error)
+                self._replace(slot, reason)
+        raise EvaluationError(f"latency: its replica was lost {MAX_LOSSES} times: {reason}")
+
+    def close(self) -> None:
+        """Ends the replicas."""
+        for slot in self._slots:
+            slot.kill()
+        self._slots = []
+
+    def _publish(self, ranking: Ranking) -> None:
+        self._broadcast(ray.put(ranking))
+
+    def _broadcast(self, reference: Any) -> None:
+        self._published.append(reference)
+        acks = {}
+        for slot in self._slots:
+            if slot.ready:
+                acks[slot.actor.publish.remote(reference)] = slot
+            else:  # what it was told when it started lacks this
+                self._replace(slot, "it was still starting when something was published")
+        timeout = self.cluster.start_timeout
+        _, late = ray.wait(list(acks), num_returns=len(acks), timeout=timeout) if acks else ([], [])
+        for ack, slot in acks.items():
+            if ack in late:
+                self._replace(slot, f"it didn't answer within {timeout:g} s")
+                continue
+            try:
+                ray.get(ack)
+            except ray.exceptions.RayTaskError:
+                raise
+            except ray.exceptions.RayError as error:
+                self._replace(slot, loss_reason(error))
+
+    def _start(self) -> Slot:
+        name = f"replica-{self._num_started}"
+        self._num_started += 1
+        return Slot.start(name, self.cluster, self._resources, self._shared, self._published)
+
+    def _replace(self, slot: Slot, reason: str) -> None:
+        """Puts a new replica where one was lost."""
+        _log.warning("%s is replaced: %s", slot.name, reason)
+        slot.kill()
+        self.num_lost += 1
+        self._slots[self._slots.index(slot)] = self._start()
+
+    def _any_ready(self) -> Slot:
+        if not any(slot.ready for slot in self._slots):
+            wait_ready(self._slots, self._start, self.cluster, self._info, num=1)
+        return next(slot for slot in self._slots if slot.ready)
+
+    def _run(self, units: Sequence[Unit]) -> Iterator[tuple[int, UnitResult]]:
+        waiting = deque(range(len(units)))
+        losses: Counter[int] = Counter()
+        left = len(units)
+        try:
+            while left:
+                self._fill(units, waiting, losses)
+                for index, result in self._collect(waiting, losses):
+                    left -= 1
+                    yield index, result
+        finally:
+            for slot in self._slots:
+                if slot.in_flight:  # the caller gave up: nobody wants these answers
+                    slot.abandon()
+
+    def _fill(self, units: Sequence[Unit], waiting: deque[int], losses: Counter[int]) -> None:
+        """Sends waiting units, level by level, so that no replica takes two while one has none."""
+        for depth in range(DEPTH):
+            for slot in self._slots:
+                if not waiting:
+                    return
+                if not slot.ready or len(slot.in_flight) != depth:
+                    continue
+                # A unit that was there when a replica was lost runs alone, so that no other
+                # is blamed for what it does.
+                suspect = losses[waiting[0]] > 0
+                if depth and (suspect or any(losses[i] for i in slot.in_flight.values())):
+                    continue
+                index = waiting.popleft()
+                slot.send(index, units[index])
+
+    def _collect(
+        self, waiting: deque[int], losses: Counter[int]
+    ) -> Iterator[tuple[int, UnitResult]]:
+        """What has finished; waits for it for at most `POLL_SECONDS`."""
+        references = [ref for slot in self._slots for ref in slot.references()]
+        _, _ = ray.wait(references, num_returns=1, timeout=POLL_SECONDS)
+        done, _ = ray.wait(references, num_returns=len(references), timeout=0)
+        finished = set(done)
+        for slot in list(self._slots):
+            lost = slot.welcome(finished, self._info) if not slot.ready else None
+            for reference in [ref for ref in slot.in_flight if ref in finished]:
+                try:
+                    result: UnitResult = ray.get(reference)
+                except ray.exceptions.RayTaskError as error:
+                    result = UnitResult(failure=loss_reason(error), worker=slot.name)
+                except ray.exceptions.RayError as error:
+                    lost = loss_reason(error)
+                    break
+                yield slot.take(reference), result
+            if lost is None:
+                lost = slot.overdue(self.cluster)
+            if lost is not None:
+                yield from self._lose(slot, lost, waiting, losses)
+        if self.progress is not None:
+            for slot in self._slots:
+                report = slot.poll_progress(finished)
+                if report is not None:
+                    self.progress(*report)
+        if not any(slot.ready for slot in self._slots):
+            wait_ready(self._slots, self._start, self.cluster, self._info, num=1)
+
+    def _lose(
+        self, slot: Slot, reason: str, waiting: deque[int], losses: Counter[int]
+    ) -> Iterator[tuple[int, UnitResult]]:
+        """Replaces a replica; its running unit is charged, the one behind it is not."""
+        indices = list(slot.in_flight.values())
+        self._replace(slot, reason)
+        for position, index in enumerate(indices):
+            losses[index] += position == 0
+            if losses[index] < MAX_LOSSES:
+                # Behind the others if it may be the cause: the search goes on meanwhile.
+                waiting.append(index) if position == 0 else waiting.appendleft(index)
+                continue
+            failure = (
+                f"EvaluationError: the candidate lost its replica {MAX_LOSSES} times: {reason}"
+            )
+            yield index, UnitResult(failure=failure, worker=slot.name)

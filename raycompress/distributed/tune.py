@@ -1,0 +1,302 @@
+"""Ray Tune runs each pruner's search as one trial, with its replicas in one placement group.
+
+Tune schedules and restarts; it holds no state of ours. What is done is known by a marker file of
+each trial below the output, written by the trial itself; what was evaluated is in the ledger. So a
+restarted job makes a new Tuner, and no pickle of Tune's is ever read.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from raycompress.config import ClusterConfig
+from raycompress.distributed.cluster import bundle, check_feasible
+from raycompress.distributed.pool import ReplicaPool
+from raycompress.distributed.spec import PoolSpec, SharedSpec, import_object
+from raycompress.errors import EvaluationError, InputError
+from raycompress.search import digest_of
+
+__all__ = ["TrialSpec", "run_trials"]
+
+_log = logging.getLogger(__name__)
+
+MAX_RETRIES = 2
+"""Restarts of a trial whose process was lost or raised; replay makes them cheap."""
+
+OnReport = Callable[[str, int, Mapping[str, float]], None]
+
+
+@dataclass(frozen=True)
+class TrialSpec:
+    """One pruner run.
+
+    Attributes:
+        name: Deterministic, and usable as a folder's name.
+        payload: Plain data for the trial function.
+    """
+
+    name: str
+    payload: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Common:
+    """What every trial gets, through the object store."""
+
+    run: str
+    specs: Mapping[str, TrialSpec]
+    spec: SharedSpec
+    cluster: ClusterConfig
+    output: str
+    shared: Any
+
+
+def run_trials(
+    specs: Sequence[TrialSpec],
+    run: str,
+    pool: PoolSpec,
+    cluster: ClusterConfig,
+    output: str | Path,
+    *,
+    on_report: OnReport | None = None,
+    shared: Any = None,
+) -> dict[str, dict[str, Any]]:
+    """Runs trials; those that finished in an earlier run of the job are not run again.
+
+    Args:
+        specs: The trials.
+        run: Import path "package.module:function" of what a trial does:
+            `run(payload, make_pool, report, shared) -> result`. `make_pool(ledger=None,
+            progress=None)` gives a `ReplicaPool` in the trial's placement group, a context manager;
+            `report(step, metrics)` sends numbers to the driver; `shared` is read-only; the result
+            is a dict that JSON can hold.
+        pool: What the replicas host.
+        cluster: Resources and deadlines.
+        output: The job's folder; Tune's own files and the markers go below `<output>/tune`.
+        on_report: Called in the driver with (trial, step, metrics), for each step of a trial once
+            and in order, also where a trial was restarted and replayed.
+        shared: For all trials; put into the object store once.
+
+    Returns:
+        The results by trial name.
+
+    Raises:
+        ClusterError: A trial can never fit the cluster.
+        EvaluationError: Trials failed, with their own exceptions' texts; the others have finished.
+        KeyboardInterrupt: SIGINT or SIGTERM; the trials have been stopped.
+    """
+    folder = Path(output).absolute() / "tune"
+    by_name = {spec.name: spec for spec in specs}
+    if len(by_name) != len(specs):
+        raise ValueError("names of trials must differ")
+    results = {name: _marker(folder, spec) for name, spec in by_name.items()}
+    missing = [name for name, result in results.items() if result is None]
+    if missing:
+        replicas = [bundle(cluster)] * cluster.replicas
+        check_feasible(replicas, f"a trial with {cluster.replicas} replicas doesn't fit")
+        common = _Common(
+            run,
+            {name: by_name[name] for name in missing},
+            pool.share(),
+            cluster,
+            str(folder),
+            ray.put(shared),
+        )
+        errors = _fit(common, missing, replicas, on_report)
+        results |= {name: _marker(folder, by_name[name]) for name in missing}
+        failed = [name for name in missing if results[name] is None]
+        if failed:
+            raise EvaluationError(
+                "; ".join(
+                    f"trial {name} failed: {errors.get(name, 'it never finished')}"
+                    for name in failed
+                )
+            )
+    return {name: result for name, result in results.items() if result is not None}
+
+
+def _fit(
+    common: _Common,
+    names: Sequence[str],
+    replicas: Sequence[Mapping[str, float]],
+    on_report: OnReport | None,
+) -> dict[str, str]:
+    """Runs Tune over the trials; returns why each failed one did."""
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the new one prints even at verbose 0
+    from ray import tune
+
+    for name in names:
+        (Path(common.output) / f"{name}.error.json").unlink(missing_ok=True)
+    # The head bundle is empty: the trial's process only proposes and records. A CPU for it would
+    # keep N replicas of one core from fitting N cores.
+    bundles = [{}, *(dict(each) for each in replicas)]
+    trainable = tune.with_resources(
+        tune.with_parameters(_trial, common=common), tune.PlacementGroupFactory(bundles, "PACK")
+    )
+    with _quiet(), _stopping() as stopped:
+        tuner = tune.Tuner(
+            trainable,
+            param_space={"name": tune.grid_search(list(names))},
+            tune_config=tune.TuneConfig(
+                trial_name_creator=_name,
+                trial_dirname_creator=_name,
+                max_concurrent_trials=common.cluster.max_concurrent,
+            ),
+            run_config=tune.RunConfig(
+                name="trials",
+                storage_path=common.output,
+                verbose=0,
+                failure_config=tune.FailureConfig(max_failures=MAX_RETRIES),
+                callbacks=[_callback(on_report, stopped)],
+            ),
+        )
+        grid = tuner.fit()
+    if stopped.is_set():
+        raise KeyboardInterrupt
+    errors = {}
+    for result in grid:
+        if result.error is not None:
+            errors[result.config["name"]] = str(result.error).strip().splitlines()[-1]
+    for name in names:
+        path = Path(common.output) / f"{name}.error.json"
+        if path.exists():
+            errors[name] = json.loads(path.read_text())["error"]
+    return errors
+
+
+def _trial(config: Mapping[str, Any], common: _Common) -> None:
+    """The body of a Tune trial, in its own process."""
+    import sys
+
+    from ray import tune
+
+    spec = common.specs[config["name"]]
+    folder = Path(common.output)
+    for path in reversed(common.spec.import_paths):
+        if path not in sys.path:
+            sys.path.insert(0, path)
+
+    def report(step: int, metrics: Mapping[str, float]) -> None:
+        tune.report({**metrics, "step": step, "reported": sorted(metrics)})
+
+    make_pool = partial(ReplicaPool, common.spec, common.cluster, reserved=True)
+    try:
+        run = import_object(common.run)
+        result = run(dict(spec.payload), make_pool, report, ray.get(common.shared))
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}"
+        _write(folder / f"{spec.name}.error.json", {"error": text})
+        if isinstance(error, InputError):
+            return  # it would fail again
+        raise
+    _write(
+        folder / f"{spec.name}.finished.json",
+        {"run": common.run, "payload": digest_of(dict(spec.payload)), "result": result},
+    )
+
+
+def _marker(folder: Path, spec: TrialSpec) -> dict[str, Any] | None:
+    """The result of a finished trial; None if it isn't, or if it was asked something else."""
+    try:
+        content = json.loads((folder / f"{spec.name}.finished.json").read_text())
+    except FileNotFoundError:
+        return None
+    if content["payload"] != digest_of(dict(spec.payload)):
+        return None
+    result: dict[str, Any] = content["result"]
+    return result
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes JSON; the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.partial")
+    with temporary.open("w") as file:
+        json.dump(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _name(trial: Any) -> str:
+    name: str = trial.config["name"]
+    return name
+
+
+def _callback(on_report: OnReport | None, stopped: threading.Event) -> Any:
+    from ray import tune
+
+    class Reports(tune.Callback):
+        """Forwards what trials report; replayed steps were forwarded before."""
+
+        def __init__(self) -> None:
+            self.last: dict[str, int] = {}
+
+        def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+            if stopped.is_set():  # the signal may have come before Tune's handler stood
+                os.kill(os.getpid(), signal.SIGUSR1)
+
+        def on_trial_result(
+            self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+        ) -> None:
+            name, step = _name(trial), result.get("step")
+            if on_report is None or step is None or step <= self.last.get(name, -1):
+                return
+            self.last[name] = step
+            on_report(name, step, {key: result[key] for key in result["reported"]})
+
+    return Reports()
+
+
+@contextmanager
+def _stopping() -> Iterator[threading.Event]:
+    """Turns SIGINT and SIGTERM into Tune's own graceful stop, and remembers that they came."""
+    stopped = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        if stopped.is_set():
+            raise KeyboardInterrupt  # asked twice: at once
+        stopped.set()
+        os.kill(os.getpid(), signal.SIGUSR1)  # Tune's handler stands there while it runs
+
+    kept = {
+        each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    }
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # before Tune's handler is there
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield stopped
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Tune's own messages stay out of the terminal; failures reach the caller as errors."""
+    logger = logging.getLogger("ray.tune")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

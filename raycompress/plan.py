@@ -1,0 +1,248 @@
+"""From a job's plain data to a plan: everything that can fail early has been tried.
+
+Nothing here starts Ray, opens MLflow, trains, or writes a file.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from raycompress.analysis.sensitivity import Sensitivity
+from raycompress.budget import Budget
+from raycompress.config import JobConfig
+from raycompress.errors import ConfigError, TaskError
+from raycompress.loading import build_pruner, resolve
+from raycompress.pruning.pruner import Problem, Pruner
+from raycompress.search import Candidate, Ranking, Trial
+from raycompress.structure import Structure, analyze
+from raycompress.task import Split, Task, check_task
+
+__all__ = ["Plan", "TrialPlan", "build_task", "prepare"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialPlan:
+    """One pruner with one budget and one seed.
+
+    Attributes:
+        name: Unique in the job and the same in every run of it; fit for files.
+        pruner: Constructed, for checks and display.
+        entry: The pruner as the job gives it; what travels to the trial's process.
+        budget: What may be kept; None: the pruner's own sparsity decides.
+        seed: Of the search.
+    """
+
+    name: str
+    pruner: Pruner
+    entry: Mapping[str, Any]
+    budget: Budget | None
+    budget_entry: Mapping[str, Any] | None
+    seed: int
+
+    def payload(self) -> dict[str, Any]:
+        """What the trial's process needs, as plain data."""
+        return {
+            "name": self.name,
+            "pruner": dict(self.entry),
+            "budget": None if self.budget_entry is None else dict(self.budget_entry),
+            "seed": self.seed,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A validated job.
+
+    Attributes:
+        config: As given.
+        task: Constructed in this process.
+        model: With the weights that the job starts from, on the CPU, in eval mode.
+        structure: Its analysis.
+        sensitivity: The analysis to run first, if any.
+        trials: In the order of the job.
+        output: Absolute folder of everything that the job writes.
+    """
+
+    config: JobConfig
+    task: Task
+    model: nn.Module
+    structure: Structure
+    sensitivity: Sensitivity | None
+    trials: tuple[TrialPlan, ...]
+    output: Path
+
+
+class _Nobody:
+    """Stands for an executor while a plan is checked: publishes to no one, answers nothing."""
+
+    def publish(self, ranking: Ranking) -> None:
+        """Nothing."""
+
+    def evaluate(self, candidates: object, split: Split = "validation") -> list[Trial]:
+        """Never called: checks stop before the first evaluation."""
+        raise AssertionError("a check evaluates nothing")
+
+
+def prepare(config: JobConfig) -> Plan:
+    """Validates a job and plans it.
+
+    Raises:
+        InputError: With what is wrong and what to do about it.
+    """
+    output = check_output(config)
+    task = build_task(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = task.build_model()
+    check_task(task, model)
+    model.eval()
+    if config.model.weights is not None:
+        _load_weights(model, Path(config.model.weights).expanduser())
+    structure = analyze(model, task.example_inputs())
+    problem = Problem(
+        model=model,
+        structure=structure,
+        weights="",
+        executor=_Nobody(),
+        targets=config.targets,
+    )
+    sensitivity = None
+    if config.sensitivity is not None:
+        sensitivity = Sensitivity(**asdict(config.sensitivity))
+        sensitivity.units(problem)
+    trials = _trials(config)
+    for trial in trials:
+        trial.pruner.check(
+            Problem(
+                model=model,
+                structure=structure,
+                weights="",
+                executor=_Nobody(),
+                targets=config.targets,
+                budget=trial.budget,
+                seed=trial.seed,
+            )
+        )
+    return Plan(
+        config=config,
+        task=task,
+        model=model,
+        structure=structure,
+        sensitivity=sensitivity,
+        trials=trials,
+        output=output,
+    )
+
+
+def build_task(config: JobConfig) -> Task:
+    """Constructs the job's task.
+
+    Raises:
+        ConfigError: It can't be imported, or isn't a Task.
+        TaskError: Its constructor refuses `task_args`.
+    """
+    cls = resolve(config.task, Task)
+    try:
+        task: Task = cls(**config.task_args)
+    except TaskError:
+        raise
+    except Exception as error:
+        raise TaskError(
+            f"task {config.task} can't be constructed with task_args {config.task_args}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    return task
+
+
+def check_output(config: JobConfig) -> Path:
+    """The job's output folder, absolute; checked, not made.
+
+    Raises:
+        ConfigError: It can't be a folder that this process writes to.
+    """
+    asked = config.output if config.output is not None else f"~/.raycompress/{config.name}"
+    if "://" in asked:
+        raise ConfigError(f"output must be a folder, got the URI {asked}")
+    output = Path(asked).expanduser().absolute()
+    there = next(path for path in (output, *output.parents) if path.exists())
+    if not there.is_dir():
+        raise ConfigError(f"output {output} can't be made: {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK) or _read_only(there):
+        raise ConfigError(f"output {output} can't be written: no permission in {there}")
+    return output
+
+
+def _read_only(folder: Path) -> bool:
+    return bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
+
+
+def _trials(config: JobConfig) -> tuple[TrialPlan, ...]:
+    trials: list[TrialPlan] = []
+    budgets: list[dict[str, Any] | None] = [*config.budgets] or [None]
+    for index, entry in enumerate(config.pruners):
+        pruner = build_pruner(entry, f"pruners[{index}]")
+        for position, values in enumerate(budgets):
+            budget = None if values is None else Budget.of(values, f"budgets[{position}]")
+            for seed in config.seeds:
+                parts = [type(pruner).__name__]
+                if budget is not None:
+                    parts.append(budget.label)
+                if len(config.seeds) > 1:
+                    parts.append(f"seed{seed}")
+                base = "-".join(parts)
+                same = sum(t.name == base or t.name.startswith(f"{base}.") for t in trials)
+                trials.append(
+                    TrialPlan(
+                        name=base if not same else f"{base}.{same + 1}",
+                        pruner=pruner,
+                        entry=entry,
+                        budget=budget,
+                        budget_entry=values,
+                        seed=seed,
+                    )
+                )
+    return tuple(trials)
+
+
+def _load_weights(model: nn.Module, path: Path) -> None:
+    """Loads a state dict without unpickling code."""
+    if not path.is_file():
+        raise ConfigError(f"model.weights: no file {path}")
+    state: dict[str, Tensor]
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, RuntimeError, OSError, ValueError) as error:
+        raise ConfigError(
+            f"model.weights: {path} can't be read as a state dict: {str(error).splitlines()[0]}"
+        ) from error
+    except Exception as error:
+        if type(error).__name__ != "UnpicklingError":
+            raise
+        raise ConfigError(
+            f"model.weights: {path} holds more than tensors, and loading it would run code from "
+            "it; save model.state_dict() instead"
+        ) from error
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"model.weights: {path} doesn't fit {type(model).__name__}: "
+            f"{' '.join(str(error).split())[:300]}"
+        ) from error
+
+
+def winner_of(result: Mapping[str, Any]) -> Candidate:
+    """The winning candidate in a trial's result."""
+    return Candidate.from_key(result["winner"])

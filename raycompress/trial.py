@@ -1,0 +1,191 @@
+"""One trial: a pruner's search from start to finish, wherever it runs.
+
+A trial's process gets plain data, builds what it needs, searches, and leaves `result.json` as its
+own finished marker; a trial that has one isn't run again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from raycompress.budget import Budget
+from raycompress.config import JobConfig
+from raycompress.executor import LedgerExecutor
+from raycompress.ledger import Ledger
+from raycompress.loading import build_pruner, resolve
+from raycompress.pruning.pruner import Problem
+from raycompress.search import Ranking, Trial, digest_of, run_search
+from raycompress.structure import Structure
+from raycompress.task import Task
+from raycompress.weights import Weights
+
+__all__ = ["MakePool", "Report", "Shared", "finished", "load_ranking", "run_trial", "save_ranking"]
+
+MakePool = Callable[[Ledger], LedgerExecutor]
+"""Makes the trial's executor: model hosts for the job's task, with the dense weights."""
+Report = Callable[[int, Mapping[str, float]], None]
+"""Called with (step, metrics) after each step of the search."""
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all trials of a job read; sent once.
+
+    Attributes:
+        config: The job.
+        structure: Analysis of its model.
+        digest: Of the dense weights.
+        weights: The dense weights.
+        output: The job's output folder.
+    """
+
+    config: JobConfig
+    structure: Structure
+    digest: str
+    weights: Weights
+    output: Path
+
+    def trial_key(self, payload: Mapping[str, Any]) -> str:
+        """Digest of what a trial's result depends on."""
+        targets = [vars(target) for target in self.config.targets]
+        evaluation = vars(self.config.evaluation)
+        return digest_of(
+            {
+                "payload": dict(payload),
+                "weights": self.digest,
+                "task": self.config.task,
+                "args": repr(sorted(self.config.task_args.items())),
+                "targets": targets,
+                "evaluation": evaluation,
+            }
+        )
+
+
+def finished(shared: Shared, payload: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The result of a trial that has finished, or None."""
+    path = _folder(shared, payload) / "result.json"
+    if not path.exists():
+        return None
+    result: dict[str, Any] = json.loads(path.read_text())
+    return result if result["key"] == shared.trial_key(payload) else None
+
+
+def run_trial(
+    payload: Mapping[str, Any], make_pool: MakePool, report: Report, shared: Shared
+) -> dict[str, Any]:
+    """Runs a trial's search, answering from the ledger what was finished before.
+
+    Args:
+        payload: `TrialPlan.payload()`.
+        make_pool: Makes the executor.
+        report: Told of each step.
+        shared: The job.
+
+    Returns:
+        Plain data: the winner, its scores, and what the search cost.
+    """
+    before = finished(shared, payload)
+    if before is not None:
+        return before
+    start = time.monotonic()
+    config = shared.config
+    task: Task = resolve(config.task, Task)(**config.task_args)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = task.build_model().eval()
+    model.load_state_dict(dict(shared.weights.state))
+    name = str(payload["name"])
+    curve: list[dict[str, float]] = []
+    replayed = 0
+    with Ledger(shared.output / "ledger", name) as ledger, make_pool(ledger) as pool:
+        problem = Problem(
+            model=model,
+            structure=shared.structure,
+            weights=shared.digest,
+            executor=pool,
+            budget=None if payload["budget"] is None else Budget.of(payload["budget"]),
+            targets=config.targets,
+            seed=int(payload["seed"]),
+        )
+        pruner = build_pruner(payload["pruner"], "pruner")
+
+        def on_step(step: int, trials: Sequence[Trial]) -> None:
+            nonlocal replayed
+            replayed += sum(trial.replayed for trial in trials)
+            alive = [trial for trial in trials if trial.failure is None]
+            best = min(alive, key=lambda trial: trial.loss)
+            curve.append(
+                {
+                    "step": step,
+                    "score": best.score,
+                    "loss": best.loss,
+                    "best_score": max([best.score, *(c["best_score"] for c in curve[-1:])]),
+                    "best_loss": min([best.loss, *(c["best_loss"] for c in curve[-1:])]),
+                    "dfe": sum(trial.dfe for trial in trials)
+                    + sum(c["dfe"] for c in curve[-1:]),
+                    "failed": len(trials) - len(alive),
+                }
+            )
+            report(step, {k: v for k, v in curve[-1].items() if k != "step"})
+
+        winner = run_search(pruner.search(problem), pool, on_step)
+        judged = pool.evaluate([winner])[0]
+        for ranking in pool.rankings.values():
+            save_ranking(ranking, shared.output / "rankings")
+        result = {
+            "key": shared.trial_key(payload),
+            "name": name,
+            "winner": winner.key(),
+            "score": judged.score,
+            "loss": judged.loss,
+            "failure": judged.failure,
+            "dfe": pool.dfe,
+            "total_dfe": (curve[-1]["dfe"] if curve else 0.0) + judged.dfe,
+            "evaluated": pool.num_evaluated,
+            "replayed": replayed,
+            "seconds": round(time.monotonic() - start, 3),
+            "curve": curve,
+        }
+    write_json(_folder(shared, payload) / "result.json", result)
+    return result
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes JSON so that the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(json.dumps(value, indent=1))
+    os.replace(temporary, path)
+
+
+def save_ranking(ranking: Ranking, folder: Path) -> None:
+    """Writes a ranking as `<digest>.safetensors`."""
+    path = folder / f"{ranking.digest}.safetensors"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f".{ranking.digest}.{os.getpid()}.partial"
+        save_file(dict(ranking.orders), temporary, metadata={"kind": ranking.kind})
+        os.replace(temporary, path)
+
+
+def load_ranking(digest: str, folder: Path) -> Ranking:
+    """Reads what `save_ranking` wrote."""
+    with safe_open(folder / f"{digest}.safetensors", framework="pt") as file:
+        orders = {name: file.get_tensor(name) for name in file.keys()}
+        kind = (file.metadata() or {})["kind"]
+    assert kind in ("channels", "weights")
+    return Ranking(kind, orders)
+
+
+def _folder(shared: Shared, payload: Mapping[str, Any]) -> Path:
+    return shared.output / "trials" / str(payload["name"])
