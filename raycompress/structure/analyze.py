@@ -15,6 +15,7 @@ from raycompress.structure.fixes import attribute_fixes
 from raycompress.structure.model import Frozen, LeafShape, Structure
 from raycompress.structure.operators import find_rule
 from raycompress.structure.pools import Pools, owner_of
+from raycompress.structure.repair import MAX_REPAIRS, freeze_sizes_of, stops_in
 from raycompress.structure.trace import Trace, trace
 
 __all__ = ["analyze"]
@@ -60,6 +61,17 @@ def analyze(
                 dim = next(d for d, s in enumerate(facet.shape) if s > 1)
                 if leaf.roles.get(dim) != "consumer":
                     seen.space.freeze(facet, "protected by `ignore`")
+    structure = _collect(seen, model, heads)
+    tried: dict[str, int] = {}
+    for _ in range(MAX_REPAIRS):
+        stopped = stops_in(model, structure, args, kwargs)
+        if stopped is None or not freeze_sizes_of(seen, *stopped, tried):
+            break
+        structure = _collect(seen, model, heads)
+    return structure
+
+
+def _collect(seen: Trace, model: nn.Module, heads: Literal["whole", "dim"]) -> Structure:
     classes = close(seen.space, heads)
     pools = Pools(seen, classes, model)
     sizes = Sizes(seen, pools)

@@ -77,6 +77,7 @@ def _split(call: Call) -> None:
     sizes = [t.shape[dim] for t in call.out]
     _parts(call, facets, dim, source.shape[dim], sizes)
     _run(call)
+    call.tracer.saw(source.shape[dim], source.shape, facets, dim)
     for part in call.out:
         call.tracer.saw(part.shape[dim], part.shape, call.facets(part), dim)
 
@@ -168,7 +169,10 @@ def _cat(call: Call) -> None:
         if whole is not None:
             joined.append(whole)
     call.space.keep_rectangular(joined)
-    shape = tuple(call.out.shape)
+    # The joined facets explain sizes only where they vary.
+    shape = tuple(
+        size if any(f.shape[d] > 1 for f in joined) else 1 for d, size in enumerate(call.out.shape)
+    )
     call.set(call.out, merge(call.space, joined, shape, rest, rest_shape))
 
 

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from raycompress.structure.labels import Facets, LabelSpace, canonical, spread, varying
 
-__all__ = ["Call", "Leaf", "Rule", "SizeSeen", "Term", "Trace", "trace"]
+__all__ = ["Call", "Leaf", "Rule", "SizeSeen", "Term", "Trace", "quiet", "trace"]
 
 _LABELS = "_raycompress_facets"
 _DATA = "_raycompress_data"
@@ -359,7 +359,7 @@ def _shows(
 
 
 @contextmanager
-def _quiet(model: nn.Module) -> Iterator[None]:
+def quiet(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no fused kernels that hide operators; everything is put back."""
     modes = {m: m.training for m in model.modules()}
     fast = torch.backends.mha.get_fastpath_enabled()
@@ -417,7 +417,7 @@ def trace(
         handles.append(module.register_forward_pre_hook(enter))
         handles.append(module.register_forward_hook(leave))
     try:
-        with _quiet(model):
+        with quiet(model):
             args, kwargs = _map((args, kwargs), _fresh_input)
             with _Mode(tracer, find):
                 out = model(*args, **kwargs)
