@@ -24,6 +24,11 @@ __all__ = [
 ]
 
 
+def _positive(key: str, value: float) -> None:
+    if not value > 0:
+        raise ConfigError(f"{key} must be above 0, got {value:g}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """A training run.
@@ -205,8 +210,3 @@ class JobConfig:
             raise ConfigError("a job needs pruners, or sensitivity, or both")
         if not self.seeds:
             raise ConfigError("seeds must not be empty")
-
-
-def _positive(key: str, value: float) -> None:
-    if not value > 0:
-        raise ConfigError(f"{key} must be above 0, got {value:g}")

@@ -1,0 +1,297 @@
+"""From YAML or a mapping to a `JobConfig`: the edge at which everything is checked.
+
+A small walk over the dataclasses collects every mistake with its key and line; single values are
+judged by pydantic, strictly: "3" is no integer, 3 is a fine number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pydantic  # noqa: TID251 - the YAML edge
+
+import raycompress.pruning
+from raycompress.budget import Budget
+from raycompress.config import JobConfig
+from raycompress.errors import ConfigError, InputError
+from raycompress.importing import resolve
+from raycompress.pruning import Pruner
+from raycompress.schema import describe, field_docs, json_schema
+from raycompress.search import digest_of
+from raycompress.source import KeyPath, Source, dotted, near, plain, shown, to_yaml
+
+__all__ = [
+    "build_pruner",
+    "dump_job",
+    "job_key",
+    "json_schema",
+    "load_job",
+    "load_source",
+    "parse_job",
+    "pruner_types",
+    "resolve",
+]
+
+NOT_RESULTS = ("name", "output", "cluster", "tracking")
+"""Keys of a job that its results don't depend on."""
+
+
+def load_job(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> JobConfig:
+    """Reads and checks a job file.
+
+    Args:
+        path: A YAML file.
+        overrides: `key.path=value` texts, applied in order before anything is checked.
+
+    Raises:
+        ConfigError: Each mistake on a line of its own, with file, line, key and what is allowed.
+    """
+    return load_source(path, overrides)[0]
+
+
+def load_source(
+    path: str | os.PathLike[str], overrides: Sequence[str] = ()
+) -> tuple[JobConfig, Source]:
+    """`load_job`, with the source as well, which knows the lines of later mistakes."""
+    source = Source.read(path)
+    source.override(overrides)
+    return _job(source), source
+
+
+def parse_job(mapping: Mapping[str, Any], source: str = "job") -> JobConfig:
+    """Checks a job given as a mapping; `source` stands for the file in messages."""
+    return _job(Source(source, plain(mapping)))
+
+
+def build_pruner(entry: Mapping[str, Any], key: str = "pruner") -> Pruner:
+    """Constructs a pruner from its mapping.
+
+    Args:
+        entry: `type`, and the pruner's own keys.
+        key: Where it stands in the job, such as "pruners[0]".
+
+    Raises:
+        ConfigError: Each mistake on a line of its own, with key and what is allowed.
+    """
+    check = _Check()
+    pruner = check.pruner(plain(entry), (key,))
+    if pruner is None:
+        raise ConfigError("\n".join(message for _, message in check.problems))
+    return pruner
+
+
+def pruner_types() -> dict[str, type[Pruner]]:
+    """The pruners that a job can name without an import path."""
+    exported = {name: getattr(raycompress.pruning, name) for name in raycompress.pruning.__all__}
+    return {
+        name: value
+        for name, value in exported.items()
+        if isinstance(value, type) and issubclass(value, Pruner) and value is not Pruner
+    }
+
+
+def dump_job(config: JobConfig) -> str:
+    """A job as YAML text that `load_job` reads back, every default written out."""
+    return to_yaml(dataclasses.asdict(config))
+
+
+def job_key(config: JobConfig) -> str:
+    """Digest of everything in a job that determines its results.
+
+    Defaults count as if they were written out, so that they may be or not.
+    """
+    content = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_RESULTS}
+    pruners = [build_pruner(entry, f"pruners[{i}]") for i, entry in enumerate(config.pruners)]
+    content["pruners"] = [
+        [f"{type(pruner).__module__}:{type(pruner).__qualname__}", dataclasses.asdict(pruner)]
+        for pruner in pruners
+    ]
+    content["budgets"] = [str(Budget.of(values)) for values in config.budgets]
+    return digest_of(content)
+
+
+def _job(source: Source) -> JobConfig:
+    check = _Check()
+    config = check.build(JobConfig, source.data, ())
+    if isinstance(config, JobConfig):
+        for index, entry in enumerate(config.pruners):
+            check.pruner(entry, ("pruners", index))
+        for index, values in enumerate(config.budgets):
+            check.budget(values, ("budgets", index))
+        if not re.fullmatch(r"[\w.]+:[\w.]+", config.task):
+            check.fail(("task",), f"task must be 'package.module:Class', got {shown(config.task)}")
+    if check.problems or not isinstance(config, JobConfig):
+        raise ConfigError("\n".join(source.error(p, message) for p, message in check.problems))
+    return config
+
+
+class _Check:
+    """Builds dataclasses from plain data, and collects what is wrong with it.
+
+    Attributes:
+        problems: (key path, message that starts with the key), in the order found.
+    """
+
+    def __init__(self) -> None:
+        self.problems: list[tuple[KeyPath, str]] = []
+
+    def fail(self, path: KeyPath, message: str) -> None:
+        self.problems.append((path, message))
+
+    def build(self, cls: type, data: object, path: KeyPath) -> object:
+        """An instance, or None after a problem."""
+        key = dotted(path)
+        if not isinstance(data, dict):
+            self.fail(path, f"{key} must be a mapping of keys to values, got {shown(data)}")
+            return None
+        before = len(self.problems)
+        hints = typing.get_type_hints(cls)
+        fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+        for name in data:
+            if name not in fields:
+                allowed = f"; it has {', '.join(fields)}" if fields else "; it has none"
+                whose = "job" if cls is JobConfig else cls.__name__
+                self.fail(
+                    (*path, name),
+                    f"{dotted((*path, name))} is no key of {_article(whose)}"
+                    f"{near(name, fields, allowed)}",
+                )
+        values = {}
+        for name, field in fields.items():
+            inner = (*path, name)
+            if name in data:
+                values[name] = self.value(hints[name], data[name], inner)
+            elif field.default is field.default_factory is dataclasses.MISSING:
+                doc = field_docs(cls).get(name, describe(hints[name]))
+                self.fail(path, f"{dotted(inner)} is missing: {doc.rstrip('.')}")
+        if len(self.problems) > before:
+            return None
+        try:
+            result: object = cls(**values)
+        except (InputError, ValueError) as error:
+            self.fail(*_relocate(str(error), cls, path, fields))
+            return None
+        return result
+
+    def value(self, hint: Any, value: object, path: KeyPath) -> object:
+        """A field's value, checked; None after a problem."""
+        arguments = typing.get_args(hint)
+        origin = typing.get_origin(hint)
+        if origin in (typing.Union, types.UnionType) and type(None) in arguments:
+            if value is None:
+                return None
+            rest = [argument for argument in arguments if argument is not type(None)]
+            if len(rest) == 1:
+                return self.value(rest[0], value, path)
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            return self.build(hint, value, path)
+        if origin is tuple and arguments[1:] == (...,):
+            if not isinstance(value, list):
+                hint_text = f"; write [{value}]" if isinstance(value, str | int | float) else ""
+                self.fail(path, f"{dotted(path)} must be a list, got {shown(value)}{hint_text}")
+                return None
+            return tuple(
+                self.value(arguments[0], item, (*path, index)) for index, item in enumerate(value)
+            )
+        return self.leaf(hint, value, path)
+
+    def leaf(self, hint: Any, value: object, path: KeyPath) -> object:
+        """A value that pydantic judges."""
+        reason = ""
+        try:
+            text = json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError):
+            reason = "plain data with finite numbers"
+        else:
+            try:
+                # JSON, since strict JSON input turns a list into a tuple and 3 into 3.0.
+                return _adapter(hint).validate_json(text, strict=True)
+            except pydantic.ValidationError as error:
+                reason = describe(hint) or error.errors()[0]["msg"]
+        known = [a for a in typing.get_args(hint) if isinstance(a, str)]
+        self.fail(path, f"{dotted(path)} must be {reason}, got {shown(value)}{near(value, known)}")
+        return None
+
+    def pruner(self, entry: object, path: KeyPath) -> Pruner | None:
+        """A pruner, or None after a problem."""
+        key = dotted(path)
+        if not isinstance(entry, dict):
+            self.fail(path, f"{key} must be a mapping with a type, got {shown(entry)}")
+            return None
+        known = pruner_types()
+        name = entry.get("type")
+        if not isinstance(name, str):
+            got = f", got {shown(name)}" if "type" in entry else ""
+            self.fail(
+                (*path, "type"),
+                f"{key}.type must be one of {', '.join(known)}, or an import path "
+                f"'package.module:Class'{got}",
+            )
+            return None
+        if ":" in name:
+            try:
+                cls = resolve(name, Pruner, f"{key}.type")
+            except ConfigError as error:
+                self.fail((*path, "type"), str(error))
+                return None
+            if not dataclasses.is_dataclass(cls):
+                self.fail((*path, "type"), f"{key}.type: {name!r} must be a dataclass")
+                return None
+        elif name in known:
+            cls = known[name]
+        else:
+            allowed = f"; there are {', '.join(known)}, and import paths 'package.module:Class'"
+            self.fail(
+                (*path, "type"), f"{key}.type: no pruner {name!r}{near(name, known, allowed)}"
+            )
+            return None
+        keys = {k: v for k, v in entry.items() if k != "type"}
+        built = self.build(cls, keys, path)
+        return built if isinstance(built, Pruner) else None
+
+    def budget(self, values: Mapping[str, Any], path: KeyPath) -> None:
+        """Checks a budget, each resource by itself."""
+        for name, value in values.items():
+            if isinstance(value, bool) or not isinstance(value, str | int | float):
+                self.fail(
+                    (*path, name),
+                    f"{dotted((*path, name))} must be a percentage kept such as 50%, or a number "
+                    f"above 0, got {shown(value)}",
+                )
+                continue
+            try:
+                Budget.of({name: value}, dotted(path))
+            except InputError as error:
+                self.fail((*path, name), str(error))
+        if not values:
+            self.fail(path, f"{dotted(path)} must name a resource, such as {{macs: 50%}}")
+
+
+def _relocate(
+    message: str, cls: type, path: KeyPath, fields: Mapping[str, object]
+) -> tuple[KeyPath, str]:
+    """Puts the job's key in place of the class or field that a constructor's message names."""
+    message = message.removeprefix(f"{cls.__name__}: ")
+    match = re.match(r"(?:\w+\.)*(\w+)\b", message)
+    if match and match[1] in fields:
+        inner = (*path, match[1])
+        return inner, dotted(inner) + message[match.end() :]
+    return path, f"{dotted(path)}: {message}" if path else message
+
+
+def _article(name: str) -> str:
+    return f"an {name}" if name[0] in "AEIOUaeiou" or re.match(r"[LMNS]\d", name) else f"a {name}"
+
+
+@functools.cache
+def _adapter(hint: Any) -> pydantic.TypeAdapter[Any]:
+    return pydantic.TypeAdapter(hint)
