@@ -43,7 +43,6 @@ def connect(cluster: ClusterConfig) -> Iterator[None]:
     options: dict[str, Any] = {
         "log_to_driver": False,
         "logging_level": logging.ERROR,
-        "configure_logging": False,
     }
     if address in (None, "local"):
         num_cpus = max(os.cpu_count() or 1, math.ceil(cluster.replicas * cluster.cpus) + 1)

@@ -55,7 +55,7 @@ class Slot:
         published: Sequence[Any],
     ) -> Slot:
         """Asks Ray for a replica; doesn't wait."""
-        actor_class = ray.remote(Replica).options(
+        wrap = ray.remote(
             num_cpus=cluster.cpus,
             num_gpus=cluster.gpus,
             resources=dict(resources) or None,
@@ -63,6 +63,7 @@ class Slot:
             max_task_retries=0,
             concurrency_groups={"control": 1},  # answers while a unit runs
         )
+        actor_class = wrap(Replica)
         actor = actor_class.remote(name, cluster.gpus > 0)
         # References given as arguments arrive as values; nested in the spec they'd stay references.
         small = SharedSpec(**{**vars(shared), "structure": None, "weights": ()})
