@@ -1,0 +1,125 @@
+"""Progress of a job: lines for a person, nothing for a program."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Protocol, TextIO
+
+from rich.console import Console
+from rich.status import Status
+
+__all__ = ["PlainProgress", "Progress", "SilentProgress", "TerminalProgress", "progress_for"]
+
+
+class Progress(Protocol):
+    """Told of what a job does."""
+
+    def stage(self, name: str) -> None:
+        """A stage begins."""
+
+    def step(self, text: str) -> None:
+        """Something within the stage went on."""
+
+    def message(self, text: str) -> None:
+        """Something to keep on the screen."""
+
+    def close(self) -> None:
+        """The job ends."""
+
+
+class SilentProgress:
+    """Says nothing."""
+
+    def stage(self, name: str) -> None:
+        """Nothing."""
+
+    def step(self, text: str) -> None:
+        """Nothing."""
+
+    def message(self, text: str) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+class PlainProgress:
+    """Timestamped lines, for logs and pipes; at most one step line every few seconds.
+
+    Args:
+        stream: Where lines go.
+        every: Least seconds between two step lines.
+    """
+
+    def __init__(self, stream: TextIO | None = None, every: float = 5.0) -> None:
+        self._stream = stream if stream is not None else sys.stderr
+        self._every = every
+        self._last = 0.0
+
+    def stage(self, name: str) -> None:
+        """A line."""
+        self._last = 0.0
+        self.message(name)
+
+    def step(self, text: str) -> None:
+        """A line, if the last one is some seconds old."""
+        now = time.monotonic()
+        if now - self._last >= self._every:
+            self._last = now
+            self.message(f"  {text}")
+
+    def message(self, text: str) -> None:
+        """A line."""
+        print(f"{time.strftime('%H:%M:%S')} {text}", file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+class TerminalProgress:
+    """A spinner with the stage and its last step; finished stages stay on the screen.
+
+    Args:
+        console: On a terminal.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console if console is not None else Console(stderr=True)
+        self._status: Status | None = None
+        self._name = ""
+        self._start = 0.0
+
+    def stage(self, name: str) -> None:
+        """Ends the stage before it."""
+        self._finish()
+        self._name, self._start = name, time.monotonic()
+        self._status = self._console.status(name)
+        self._status.start()
+
+    def step(self, text: str) -> None:
+        """Shown beside the spinner."""
+        if self._status is not None:
+            self._status.update(f"{self._name}  [dim]{text}[/]")
+
+    def message(self, text: str) -> None:
+        """Stays on the screen."""
+        self._console.print(text, highlight=False)
+
+    def close(self) -> None:
+        """Ends the last stage."""
+        self._finish()
+
+    def _finish(self) -> None:
+        if self._status is not None:
+            self._status.stop()
+            seconds = time.monotonic() - self._start
+            self._console.print(f"[green]✓[/] {self._name} [dim]{seconds:.1f} s[/]")
+            self._status = None
+
+
+def progress_for(quiet: bool = False) -> Progress:
+    """What fits where stderr goes."""
+    if quiet:
+        return SilentProgress()
+    return TerminalProgress() if sys.stderr.isatty() else PlainProgress()
