@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 import os
 import re
 import types
@@ -17,17 +16,17 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import pydantic  # noqa: TID251 - the YAML edge
+import pydantic
 
-import raycompress.pruning
 from raycompress.budget import Budget
 from raycompress.config import JobConfig
 from raycompress.errors import ConfigError, InputError
 from raycompress.importing import resolve
 from raycompress.pruning import Pruner
-from raycompress.schema import describe, field_docs, json_schema
+from raycompress.schema import field_docs, json_schema, pruner_types
 from raycompress.search import digest_of
-from raycompress.source import KeyPath, Source, dotted, near, plain, shown, to_yaml
+from raycompress.source import Source, plain, to_yaml
+from raycompress.wording import KeyPath, describe, dotted, near, shown
 
 __all__ = [
     "build_pruner",
@@ -87,16 +86,6 @@ def build_pruner(entry: Mapping[str, Any], key: str = "pruner") -> Pruner:
     if pruner is None:
         raise ConfigError("\n".join(message for _, message in check.problems))
     return pruner
-
-
-def pruner_types() -> dict[str, type[Pruner]]:
-    """The pruners that a job can name without an import path."""
-    exported = {name: getattr(raycompress.pruning, name) for name in raycompress.pruning.__all__}
-    return {
-        name: value
-        for name, value in exported.items()
-        if isinstance(value, type) and issubclass(value, Pruner) and value is not Pruner
-    }
 
 
 def dump_job(config: JobConfig) -> str:

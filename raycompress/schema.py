@@ -1,0 +1,116 @@
+"""What a job may say, in words and as JSON Schema: both come from types and docstrings."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import re
+import typing
+from typing import Any
+
+import pydantic  # noqa: TID251 - the YAML edge
+
+import raycompress.pruning
+from raycompress.budget import RESOURCES
+from raycompress.config import JobConfig
+from raycompress.pruning import Pruner
+
+__all__ = ["field_docs", "json_schema", "pruner_types"]
+
+
+@functools.cache
+def field_docs(cls: type) -> dict[str, str]:
+    """Descriptions of a class's fields, from the `Attributes:` of its and its bases' docstrings."""
+    docs: dict[str, str] = {}
+    for owner in reversed(cls.__mro__):
+        text = inspect.cleandoc(owner.__doc__ or "")
+        _, _, section = text.partition("Attributes:\n")
+        name = ""
+        for line in section.splitlines():
+            entry = re.match(r"    (\w+): (.*)", line)
+            if entry:
+                name = entry[1]
+                docs[name] = entry[2]
+            elif line.startswith("        ") and name:
+                docs[name] += f" {line.strip()}"
+            else:
+                break
+    return docs
+
+
+def pruner_types() -> dict[str, type[Pruner]]:
+    """The pruners that a job can name without an import path."""
+    exported = {name: getattr(raycompress.pruning, name) for name in raycompress.pruning.__all__}
+    return {
+        name: value
+        for name, value in exported.items()
+        if isinstance(value, type) and issubclass(value, Pruner) and value is not Pruner
+    }
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of a job file, for editors: keys, types, defaults and descriptions."""
+    schema = pydantic.TypeAdapter(JobConfig).json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = "raycompress job"
+    definitions = schema.setdefault("$defs", {})
+    _finish(schema, JobConfig)
+    for hint in _dataclasses_in(JobConfig):
+        _finish(definitions[hint.__name__], hint)
+    entries: list[dict[str, Any]] = []
+    for name, cls in pruner_types().items():
+        definitions[name] = _pruner(cls, name)
+        entries.append({"$ref": f"#/$defs/{name}"})
+    entries.append(
+        {
+            "type": "object",
+            "title": "A pruner of your own",
+            "properties": {
+                "type": {"pattern": r"^[\w.]+:[\w.]+$", "description": "package.module:Class"}
+            },
+            "required": ["type"],
+        }
+    )
+    schema["properties"]["pruners"]["items"] = {"anyOf": entries}
+    schema["properties"]["budgets"]["items"] = {
+        "type": "object",
+        "properties": {
+            name: {
+                "anyOf": [
+                    {"type": "number", "exclusiveMinimum": 0},
+                    {"type": "string", "pattern": r"^\s*[0-9.]+%?\s*$"},
+                ]
+            }
+            for name in RESOURCES
+        },
+        "additionalProperties": False,
+        "minProperties": 1,
+    }
+    return schema
+
+
+def _pruner(cls: type, name: str) -> dict[str, Any]:
+    schema = pydantic.TypeAdapter(cls).json_schema()
+    schema["properties"] = {"type": {"const": name}, **schema.get("properties", {})}
+    schema["required"] = ["type", *schema.get("required", [])]
+    _finish(schema, cls)
+    return schema
+
+
+def _finish(schema: dict[str, Any], cls: type) -> None:
+    """Adds what pydantic doesn't know of a plain dataclass."""
+    schema["additionalProperties"] = False
+    schema["description"] = inspect.cleandoc(cls.__doc__ or "").partition("\n")[0]
+    for name, text in field_docs(cls).items():
+        if name in schema["properties"]:
+            schema["properties"][name]["description"] = text
+
+
+def _dataclasses_in(cls: type) -> list[type]:
+    found = []
+    for hint in typing.get_type_hints(cls).values():
+        for part in (hint, *typing.get_args(hint)):
+            if isinstance(part, type) and dataclasses.is_dataclass(part):
+                found.append(part)
+    return found
