@@ -1,52 +1,134 @@
-"""What a job found, as plain data: written to `results/summary.json`, read by reports."""
+"""What a job found, as plain data: the source of summary.json, of the report and of the figures.
+
+Light on purpose: reading a summary back and rendering it needs neither torch, Ray nor MLflow.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
+import math
+import types
+import typing
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-__all__ = ["CurvePoint", "JobResult", "ModelRow", "SensitivityPoint", "TrialResult"]
+__all__ = [
+    "Curve",
+    "FrozenLayer",
+    "JobResult",
+    "Latency",
+    "Limit",
+    "ModelRow",
+    "SearchStep",
+    "TrialResult",
+    "Verification",
+]
+
+FORMAT = 1
+"""Version of the JSON; a reader refuses a newer one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latency:
+    """Time of one forward pass.
+
+    Attributes:
+        batch_size: Examples in the pass.
+        median_ms: Milliseconds, median of the timed passes.
+        p10_ms: Milliseconds, 10th percentile.
+        p90_ms: Milliseconds, 90th percentile.
+    """
+
+    batch_size: int
+    median_ms: float
+    p10_ms: float
+    p90_ms: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRow:
-    """One model of the final table.
+    """One model, measured: a row of the final table.
 
     Attributes:
-        name: "dense", "masked" or "slim".
-        score_validation: Mean score on validation data, which selected.
-        score_test: Mean score on test data, which selected nothing.
-        params: Parameters.
+        name: "dense": as it came; "masked": zeros in place of what was removed; "slim": really
+            smaller. "quantized": slim, in integers.
+        score_validation: Mean score on validation data, higher is better; None: not measured.
+        score_test: The same on test data, on which nothing was selected.
+        params: Parameters that are stored.
         nonzero_params: Parameters that aren't zero.
         macs: Multiply-adds of one example.
-        latency: Batch size -> (median, 10th percentile, 90th percentile) in milliseconds.
-        file_bytes: Size as a safetensors file.
+        latency: By ascending batch size, all models of a job on the same device.
+        file_bytes: Size of the weights as a file, in bytes.
     """
 
-    name: str
-    score_validation: float
-    score_test: float
+    name: Literal["dense", "masked", "slim", "quantized"]
     params: int
     nonzero_params: int
     macs: int
-    latency: dict[int, tuple[float, float, float]]
     file_bytes: int
+    score_validation: float | None = None
+    score_test: float | None = None
+    latency: tuple[Latency, ...] = ()
+
+    def at(self, batch_size: int) -> Latency | None:
+        """The latency at a batch size, if it was measured."""
+        return next((entry for entry in self.latency if entry.batch_size == batch_size), None)
 
 
 @dataclass(frozen=True, kw_only=True)
-class CurvePoint:
+class Limit:
+    """One limit of a budget, and what the slim model really has.
+
+    Attributes:
+        resource: Such as "macs" or "params".
+        asked: As the user wrote it, such as "50%".
+        limit: In the resource's own unit.
+        measured: Of the slim model, in the same unit.
+        dense: Of the dense model, in the same unit.
+    """
+
+    resource: str
+    asked: str
+    limit: float
+    measured: float
+    dense: float
+
+    @property
+    def met(self) -> bool:
+        """Whether the slim model is within the limit."""
+        return self.measured <= self.limit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """Whether slim computes what masked does.
+
+    Attributes:
+        kind: "exact"; "inexact": differs for the named reasons; "wrong".
+        max_error: Largest absolute difference, relative to the largest absolute output.
+        reasons: Operations across pruned channels, or what is wrong.
+    """
+
+    kind: Literal["exact", "inexact", "wrong"]
+    max_error: float
+    reasons: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchStep:
     """One step of a search.
 
     Attributes:
-        step: From 0.
-        score: Of the step's best candidate by loss.
-        loss: Its loss.
-        best_score: Highest score so far.
+        step: Number, from 0.
+        score: Best mean validation score among the step's candidates.
+        loss: Mean validation loss of the same candidate.
+        best_score: Best score so far.
         best_loss: Lowest loss so far.
-        dfe: Dense-forward equivalents so far, replayed ones included.
-        failed: Candidates of the step that failed.
+        dfe: Cost so far, in dense-forward equivalents.
+        failed: Candidates of this step that failed.
     """
 
     step: int
@@ -55,7 +137,35 @@ class CurvePoint:
     best_score: float
     best_loss: float
     dfe: float
-    failed: int
+    failed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """Sensitivity of one channel group (or layer, for single weights).
+
+    Attributes:
+        group: Its name.
+        num: Units (channels or weights) that it has.
+        points: (fraction removed, mean validation score), ascending.
+    """
+
+    group: str
+    num: int
+    points: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrozenLayer:
+    """Something that can't be pruned, and why.
+
+    Attributes:
+        name: Parameter or layer.
+        reason: Why, in words.
+    """
+
+    name: str
+    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,128 +173,163 @@ class TrialResult:
     """One pruner with one budget and one seed.
 
     Attributes:
-        name: Of the trial.
+        name: Unique in the job.
         pruner: Class name.
-        budget: As text; "" without one.
         seed: Of the search.
-        kept: Kept count of each group (or parameter) that lost something.
-        sizes: Count of each group (or parameter) that there is to lose.
-        rows: "masked" and, for structured pruning, "slim".
-        verdict: "exact", "inexact", "wrong", or "" where nothing was slimmed.
-        max_error: Largest difference between slim and masked, relative to the output's scale.
-        reasons: Why they differ.
-        budget_use: Resource -> (measured on the slim model, limit); absolute.
-        score_search: Validation score of the winner before recovery.
-        dfe: Cost of the search in dense-forward equivalents, replayed ones included.
-        evaluations: Candidates evaluated in this run.
+        budget: As the user wrote it, such as "macs 50%"; "" without one.
+        limits: The budget's limits, each with what was measured on the slim model.
+        counts: (group, kept, of how many) for each channel group or layer that the pruner chose
+            for, in the model's order.
+        rows: "masked", "slim", ... in this order.
+        verification: Of slim against masked; None where nothing was slimmed.
+        dfe: Cost in dense-forward equivalents of all evaluations that the search asked for.
+        evaluations: Candidates that this run evaluated.
         replayed: Candidates that the ledger answered.
         seconds: Wall time of the search in this run.
-        curve: The search.
-        weights: Digest of the final weights.
-        model_path: Exported program (.pt2) below the output; "" if there is none.
-        model_uri: In the tracking store; "" without one.
+        curve: By step.
+        model: Path or URI of the slim model, "" if none was kept.
+        masks: Path of the masks, "" if none were kept.
+        weights: Digest of the slim weights in the weight store, "" if none.
+        run_id: Of the child run; "" without tracking.
+        failure: Why the trial failed; None if it didn't.
     """
 
     name: str
     pruner: str
-    budget: str
-    seed: int
-    kept: dict[str, int]
-    sizes: dict[str, int]
-    rows: tuple[ModelRow, ...]
-    verdict: str
-    max_error: float
-    reasons: tuple[str, ...]
-    budget_use: dict[str, tuple[float, float]]
-    score_search: float
-    dfe: float
-    evaluations: int
-    replayed: int
-    seconds: float
-    curve: tuple[CurvePoint, ...]
-    weights: str
-    model_path: str
-    model_uri: str
+    seed: int = 0
+    budget: str = ""
+    limits: tuple[Limit, ...] = ()
+    counts: tuple[tuple[str, int, int], ...] = ()
+    rows: tuple[ModelRow, ...] = ()
+    verification: Verification | None = None
+    dfe: float = 0.0
+    evaluations: int = 0
+    replayed: int = 0
+    seconds: float = 0.0
+    curve: tuple[SearchStep, ...] = ()
+    model: str = ""
+    masks: str = ""
+    weights: str = ""
+    run_id: str = ""
+    failure: str | None = None
 
+    @property
+    def budget_met(self) -> bool | None:
+        """Whether all limits hold on the slim model; None without a budget."""
+        return all(limit.met for limit in self.limits) if self.limits else None
 
-@dataclass(frozen=True, kw_only=True)
-class SensitivityPoint:
-    """One point of a sensitivity curve.
-
-    Attributes:
-        group: Channel group, or layer.
-        sparsity: Fraction removed.
-        score: Mean validation score.
-    """
-
-    group: str
-    sparsity: float
-    score: float
+    def row(self, name: str) -> ModelRow | None:
+        """The row of that name."""
+        return next((row for row in self.rows if row.name == name), None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobResult:
-    """What a job found.
+    """All that a job found.
 
     Attributes:
         name: Of the job.
-        score_name: What scores measure.
-        output: Folder of everything that the job wrote.
-        tracking_uri: Where the runs are; "" without tracking.
-        run_id: Of the job's run there.
+        score_name: What the score is, such as "accuracy".
         dense: The dense model.
+        output: Absolute folder of everything that the job wrote.
+        tracking_uri: Of MLflow, passwords masked; "" without tracking.
+        run_id: Of the job's run; "" without tracking.
         trials: In the order of the job.
-        sensitivity: Points, ordered by group and sparsity.
-        frozen: (parameter, dim, reason) of what can't be pruned.
-        unknown_ops: Operators without a rule, each with the module that called it.
+        sensitivity: One curve for each group; empty without the analysis.
+        sensitivity_criterion: By which units were chosen, such as "l1".
+        frozen: What can't be pruned.
+        best: Name of the trial whose model is published; "" if none.
+        model_uri: Of the published model in MLflow, "" if none.
+        registered_model: Name and version in the registry, "" if not registered.
+        device: On which latency was measured.
+        dfe: Cost of everything (probes too) in dense-forward equivalents.
         seconds: Wall time of this run of the job.
-        dfe: Dense-forward equivalents of the whole job in this run.
+        notes: Sentences that a reader should know, such as what isn't deterministic.
     """
 
     name: str
     score_name: str
-    output: str
-    tracking_uri: str
-    run_id: str
     dense: ModelRow
+    output: str
+    tracking_uri: str = ""
+    run_id: str = ""
     trials: tuple[TrialResult, ...] = ()
-    sensitivity: tuple[SensitivityPoint, ...] = ()
-    frozen: tuple[tuple[str, int, str], ...] = ()
-    unknown_ops: dict[str, str] = field(default_factory=dict)
-    seconds: float
-    dfe: float
+    sensitivity: tuple[Curve, ...] = ()
+    sensitivity_criterion: str = ""
+    frozen: tuple[FrozenLayer, ...] = ()
+    best: str = ""
+    model_uri: str = ""
+    registered_model: str = ""
+    device: str = ""
+    dfe: float = 0.0
+    seconds: float = 0.0
+    notes: tuple[str, ...] = field(default=())
+
+    def trial(self, name: str) -> TrialResult | None:
+        """The trial of that name."""
+        return next((trial for trial in self.trials if trial.name == name), None)
 
     def to_json(self) -> str:
-        """As JSON."""
-        return json.dumps(asdict(self), indent=1)
+        """Indented JSON, strictly standard: numbers that JSON lacks are "inf", "-inf" or "nan"."""
+        content = {"format": FORMAT, **_plain(self)}
+        return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
     @staticmethod
     def from_json(text: str) -> JobResult:
-        """The inverse of `to_json`."""
-        values = json.loads(text)
-        return JobResult(
-            **{
-                **values,
-                "dense": _row(values["dense"]),
-                "trials": tuple(_trial(each) for each in values["trials"]),
-                "sensitivity": tuple(SensitivityPoint(**each) for each in values["sensitivity"]),
-                "frozen": tuple((str(p), int(d), str(r)) for p, d, r in values["frozen"]),
-            }
-        )
+        """The inverse of `to_json`.
+
+        Raises:
+            ValueError: It isn't such JSON, or a newer version of it.
+        """
+        content = json.loads(text)
+        found = content.pop("format", None) if isinstance(content, dict) else None
+        if found != FORMAT:
+            raise ValueError(
+                f"not a summary that this version of raycompress reads (format {found}, "
+                f"expected {FORMAT})"
+            )
+        result = _typed(JobResult, content)
+        assert isinstance(result, JobResult)
+        return result
 
 
-def _row(values: Mapping[str, Any]) -> ModelRow:
-    latency = {int(size): tuple(times) for size, times in values["latency"].items()}
-    return ModelRow(**{**values, "latency": latency})
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
 
 
-def _trial(values: Mapping[str, Any]) -> TrialResult:
-    return TrialResult(
-        **{
-            **values,
-            "rows": tuple(_row(row) for row in values["rows"]),
-            "reasons": tuple(values["reasons"]),
-            "budget_use": {name: tuple(use) for name, use in values["budget_use"].items()},
-            "curve": tuple(CurvePoint(**point) for point in values["curve"]),
-        }
-    )
+@functools.cache
+def _hints(kind: type) -> Mapping[str, Any]:
+    return typing.get_type_hints(kind)
+
+
+def _typed(kind: Any, value: Any) -> Any:
+    """JSON data as the annotated type: dataclasses, tuples, optional values, scalars."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise ValueError(f"expected an object for {kind}, got {value!r}")
+        hints = _hints(typing.cast(type, kind))
+        unknown = set(value) - set(hints)
+        if unknown:
+            raise ValueError(f"unknown keys in the summary: {', '.join(sorted(unknown))}")
+        try:
+            return typing.cast(type, kind)(**{k: _typed(hints[k], v) for k, v in value.items()})
+        except TypeError as error:
+            raise ValueError(f"incomplete summary: {error}") from error
+    if origin is tuple:
+        if len(arguments) == 2 and arguments[1] is Ellipsis:
+            return tuple(_typed(arguments[0], item) for item in value)
+        return tuple(_typed(item_kind, v) for item_kind, v in zip(arguments, value, strict=True))
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return _typed(next(a for a in arguments if a is not type(None)), value)
+    if kind is float:
+        return float(value)
+    return value
