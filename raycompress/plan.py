@@ -20,9 +20,10 @@ from raycompress.analysis.sensitivity import Sensitivity
 from raycompress.budget import Budget
 from raycompress.config import JobConfig
 from raycompress.errors import ConfigError, TaskError
-from raycompress.loading import build_pruner, resolve
+from raycompress.importing import resolve
+from raycompress.loading import build_pruner
 from raycompress.pruning.pruner import Problem, Pruner
-from raycompress.search import Candidate, Ranking, Trial
+from raycompress.search import Ranking, Trial
 from raycompress.structure import Structure, analyze
 from raycompress.task import Split, Task, check_task
 
@@ -38,6 +39,7 @@ class TrialPlan:
         pruner: Constructed, for checks and display.
         entry: The pruner as the job gives it; what travels to the trial's process.
         budget: What may be kept; None: the pruner's own sparsity decides.
+        budget_entry: The budget as the job gives it.
         seed: Of the search.
     """
 
@@ -47,15 +49,6 @@ class TrialPlan:
     budget: Budget | None
     budget_entry: Mapping[str, Any] | None
     seed: int
-
-    def payload(self) -> dict[str, Any]:
-        """What the trial's process needs, as plain data."""
-        return {
-            "name": self.name,
-            "pruner": dict(self.entry),
-            "budget": None if self.budget_entry is None else dict(self.budget_entry),
-            "seed": self.seed,
-        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,8 +234,3 @@ def _load_weights(model: nn.Module, path: Path) -> None:
             f"model.weights: {path} doesn't fit {type(model).__name__}: "
             f"{' '.join(str(error).split())[:300]}"
         ) from error
-
-
-def winner_of(result: Mapping[str, Any]) -> Candidate:
-    """The winning candidate in a trial's result."""
-    return Candidate.from_key(result["winner"])

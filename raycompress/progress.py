@@ -18,7 +18,7 @@ class Progress(Protocol):
     def stage(self, name: str) -> None:
         """A stage begins."""
 
-    def step(self, text: str) -> None:
+    def step(self, text: str, done: int = 0, total: int | None = None) -> None:
         """Something within the stage went on."""
 
     def message(self, text: str) -> None:
@@ -34,7 +34,7 @@ class SilentProgress:
     def stage(self, name: str) -> None:
         """Nothing."""
 
-    def step(self, text: str) -> None:
+    def step(self, text: str, done: int = 0, total: int | None = None) -> None:
         """Nothing."""
 
     def message(self, text: str) -> None:
@@ -62,12 +62,12 @@ class PlainProgress:
         self._last = 0.0
         self.message(name)
 
-    def step(self, text: str) -> None:
+    def step(self, text: str, done: int = 0, total: int | None = None) -> None:
         """A line, if the last one is some seconds old."""
         now = time.monotonic()
         if now - self._last >= self._every:
             self._last = now
-            self.message(f"  {text}")
+            self.message(f"  {_counted(text, done, total)}")
 
     def message(self, text: str) -> None:
         """A line."""
@@ -97,10 +97,10 @@ class TerminalProgress:
         self._status = self._console.status(name)
         self._status.start()
 
-    def step(self, text: str) -> None:
+    def step(self, text: str, done: int = 0, total: int | None = None) -> None:
         """Shown beside the spinner."""
         if self._status is not None:
-            self._status.update(f"{self._name}  [dim]{text}[/]")
+            self._status.update(f"{self._name}  [dim]{_counted(text, done, total)}[/]")
 
     def message(self, text: str) -> None:
         """Stays on the screen."""
@@ -116,6 +116,10 @@ class TerminalProgress:
             seconds = time.monotonic() - self._start
             self._console.print(f"[green]✓[/] {self._name} [dim]{seconds:.1f} s[/]")
             self._status = None
+
+
+def _counted(text: str, done: int, total: int | None) -> str:
+    return text if total is None else f"{text} {done}/{total}"
 
 
 def progress_for(quiet: bool = False) -> Progress:

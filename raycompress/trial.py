@@ -21,8 +21,10 @@ from safetensors.torch import save_file
 from raycompress.budget import Budget
 from raycompress.config import JobConfig
 from raycompress.executor import LedgerExecutor
+from raycompress.importing import resolve
 from raycompress.ledger import Ledger
-from raycompress.loading import build_pruner, resolve
+from raycompress.loading import build_pruner
+from raycompress.plan import TrialPlan
 from raycompress.pruning.pruner import Problem
 from raycompress.search import Ranking, Trial, digest_of, run_search
 from raycompress.structure import Structure
@@ -55,13 +57,19 @@ class Shared:
     weights: Weights
     output: Path
 
-    def trial_key(self, payload: Mapping[str, Any]) -> str:
-        """Digest of what a trial's result depends on."""
+    def payload(self, trial: TrialPlan) -> dict[str, Any]:
+        """What a trial's process needs, as plain data; its "key" is what the result depends on."""
+        entry = {
+            "name": trial.name,
+            "pruner": dict(trial.entry),
+            "budget": None if trial.budget_entry is None else dict(trial.budget_entry),
+            "seed": trial.seed,
+        }
         targets = [vars(target) for target in self.config.targets]
         evaluation = vars(self.config.evaluation)
-        return digest_of(
+        key = digest_of(
             {
-                "payload": dict(payload),
+                "trial": entry,
                 "weights": self.digest,
                 "task": self.config.task,
                 "args": repr(sorted(self.config.task_args.items())),
@@ -69,6 +77,7 @@ class Shared:
                 "evaluation": evaluation,
             }
         )
+        return {**entry, "key": key}
 
 
 def finished(shared: Shared, payload: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -77,7 +86,7 @@ def finished(shared: Shared, payload: Mapping[str, Any]) -> dict[str, Any] | Non
     if not path.exists():
         return None
     result: dict[str, Any] = json.loads(path.read_text())
-    return result if result["key"] == shared.trial_key(payload) else None
+    return result if result["key"] == payload["key"] else None
 
 
 def run_trial(
@@ -86,7 +95,7 @@ def run_trial(
     """Runs a trial's search, answering from the ledger what was finished before.
 
     Args:
-        payload: `TrialPlan.payload()`.
+        payload: `shared.payload(trial)`.
         make_pool: Makes the executor.
         report: Told of each step.
         shared: The job.
@@ -131,8 +140,7 @@ def run_trial(
                     "loss": best.loss,
                     "best_score": max([best.score, *(c["best_score"] for c in curve[-1:])]),
                     "best_loss": min([best.loss, *(c["best_loss"] for c in curve[-1:])]),
-                    "dfe": sum(trial.dfe for trial in trials)
-                    + sum(c["dfe"] for c in curve[-1:]),
+                    "dfe": sum(trial.dfe for trial in trials) + sum(c["dfe"] for c in curve[-1:]),
                     "failed": len(trials) - len(alive),
                 }
             )
@@ -143,7 +151,7 @@ def run_trial(
         for ranking in pool.rankings.values():
             save_ranking(ranking, shared.output / "rankings")
         result = {
-            "key": shared.trial_key(payload),
+            "key": payload["key"],
             "name": name,
             "winner": winner.key(),
             "score": judged.score,

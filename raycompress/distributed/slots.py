@@ -55,7 +55,7 @@ class Slot:
         published: Sequence[Any],
     ) -> Slot:
         """Asks Ray for a replica; doesn't wait."""
-        wrap = ray.remote(
+        wrap: Any = ray.remote(  # type: ignore[call-overload]  # lacks concurrency_groups
             num_cpus=cluster.cpus,
             num_gpus=cluster.gpus,
             resources=dict(resources) or None,
@@ -228,7 +228,8 @@ def loss_reason(error: Exception) -> str:
         cause = _cause(error)
         return f"{type(cause).__name__}: {cause}".splitlines()[0]
     text = " ".join(str(error).split())
-    if "OOM" in text or "memory" in text.lower():
+    # Ray names the OOM killer as a possible cause of any death: only its own monitor's word counts.
+    if isinstance(error, ray.exceptions.OutOfMemoryError) or "low on memory" in text:
         return "its process was killed for lack of memory"
     detail = re.search(r"Worker exit detail: (.{1,120}?)(\. |$)", text)
     return f"its process died ({detail.group(1)})" if detail else text[:160]

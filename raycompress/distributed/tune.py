@@ -168,7 +168,7 @@ def _fit(
     if stopped.is_set():
         raise KeyboardInterrupt
     errors = {}
-    for result in grid:
+    for result in (grid[i] for i in range(len(grid))):
         if result.error is not None:
             errors[result.config["name"]] = str(result.error).strip().splitlines()[-1]
     for name in names:

@@ -17,6 +17,10 @@ from raycompress.structure.trace import Trace
 __all__ = ["attribute_fixes"]
 
 _COUNTS = re.compile(r"head(?!.*(dim|size))|group")
+# Numbers that only happen to equal a width: lengths of tables, space and time.
+_NEVER = re.compile(
+    r"bucket|distance|vocab|position|patch|kernel|window|image|length|layer|depth|max_|num_embed"
+)
 
 
 def attribute_fixes(seen: Trace, sizes: Sizes, model: nn.Module) -> tuple[AttributeFix, ...]:
@@ -35,6 +39,8 @@ def attribute_fixes(seen: Trace, sizes: Sizes, model: nn.Module) -> tuple[Attrib
     for name, values in shown.items():
         for attribute, value in vars(modules[name]).items():
             if type(value) is not int or value not in values or (name, attribute) in found:
+                continue
+            if _NEVER.search(attribute):
                 continue
             changing = [s for s in values[value] if not sizes.is_constant(s)]
             if not changing:

@@ -70,12 +70,12 @@ def _lost(masked: nn.Module, slim: nn.Module) -> bool:
 
 
 def _error(expected: Tensor, got: Tensor) -> float:
-    """Largest difference relative to the output's scale; NaN in one place only is infinite."""
+    """Largest difference relative to the output's scale; infinite where an output is NaN."""
     if not expected.numel():
         return 0.0
     a, b = expected.double(), got.double()
-    if not torch.equal(torch.isfinite(a), torch.isfinite(b)):
-        return float("inf")
+    if bool(a.isnan().any()) or not torch.equal(torch.isfinite(a), torch.isfinite(b)):
+        return float("inf")  # NaN would hide any difference
     a, b = torch.nan_to_num(a), torch.nan_to_num(b)
     difference = float((a - b).abs().max())
     return difference / max(float(a.abs().max()), 1e-12) if difference else 0.0

@@ -1,0 +1,261 @@
+"""From a search's winner to a model that can be trusted: recover, shrink, verify, measure.
+
+Runs once per trial; what it trains and scores goes through the ledger.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from raycompress.errors import EvaluationError, VerificationError
+from raycompress.executor import LedgerExecutor
+from raycompress.masks import Masks, masked_copy, save_masks
+from raycompress.plan import Plan, TrialPlan
+from raycompress.results import Latency, Limit, ModelRow, SearchStep, TrialResult, Verification
+from raycompress.search import Candidate, Training
+from raycompress.structure import expand, file_size, slim, verify
+from raycompress.structure.latency import LatencyRow
+from raycompress.trial import load_ranking, write_json
+from raycompress.weights import Weights, WeightStore
+
+__all__ = ["Measured", "final_model", "finish_trial", "measure_dense"]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A candidate with what was measured of it but latency, which is measured for all at once."""
+
+    name: str
+    candidate: Candidate
+    score_validation: float
+    score_test: float
+    params: int
+    nonzero: int
+    macs: int
+    file_bytes: int
+
+    def row(self, latency: tuple[Latency, ...] = ()) -> ModelRow:
+        """As a row of the final table."""
+        assert self.name in ("dense", "masked", "slim")
+        return ModelRow(
+            name=self.name,  # type: ignore[arg-type]
+            params=self.params,
+            nonzero_params=self.nonzero,
+            macs=self.macs,
+            file_bytes=self.file_bytes,
+            score_validation=self.score_validation,
+            score_test=self.score_test,
+            latency=latency,
+        )
+
+
+def measure_dense(plan: Plan, pool: LedgerExecutor, store: WeightStore, weights: str) -> Measured:
+    """Scores, sizes and cost of the dense model."""
+    macs = plan.structure.cost().macs
+    return _measure("dense", Candidate(weights), plan.model, macs, pool)
+
+
+def finish_trial(
+    plan: Plan,
+    trial: TrialPlan,
+    found: Mapping[str, Any],
+    pool: LedgerExecutor,
+    store: WeightStore,
+    weights: str,
+    dense: Measured,
+) -> TrialResult:
+    """Recovers, shrinks, verifies and measures a trial's winner, and saves it.
+
+    Args:
+        plan: The job.
+        trial: Whose winner.
+        found: The trial's result.
+        pool: Trains, scores and times.
+        store: Holds the weights.
+        weights: Digest of the dense weights.
+        dense: To compare with.
+
+    Raises:
+        EvaluationError: Its training or evaluation failed.
+        VerificationError: The slim model doesn't compute what the masked one does.
+    """
+    winner = Candidate.from_key(found["winner"])
+    if winner.kept:
+        pool.publish(load_ranking(winner.ranking, plan.output / "rankings"))
+    recover = plan.config.recover
+    training = (
+        Training(0.0, None, trial.seed)
+        if recover is None
+        else Training(recover.epochs, recover.lr, trial.seed)
+    )
+    recovered = pool.evaluate([winner.with_training(training)])[0]
+    if recovered.failure is not None or recovered.weights is None:
+        raise EvaluationError(f"recovering {trial.name} failed: {recovered.failure}")
+    final = replace(winner, weights=recovered.weights, recalibrate=0)
+    trained = store.get(recovered.weights)
+    folder = plan.output / "results" / trial.name
+    folder.mkdir(parents=True, exist_ok=True)
+    small = final_model(plan, trained)
+    if trained.kept:
+        kept = {name: list(indices) for name, indices in trained.kept.items()}
+        masks: Masks = plan.structure.masks(kept)
+        full = _load(plan.model, expand(plan.structure, plan.model, small.state_dict(), kept))
+        verdict = verify(full, small, plan.task.example_inputs(), structure=plan.structure)
+        if verdict.kind == "wrong":
+            raise VerificationError(
+                f"{trial.name}: the slim model doesn't compute what the masked one does "
+                f"(relative error {verdict.max_error:.2g}; {'; '.join(verdict.reasons)}); "
+                "it was not published"
+            )
+        verification = Verification(
+            kind=verdict.kind, max_error=verdict.max_error, reasons=verdict.reasons
+        )
+        masked = Candidate(store.put(Weights(full.state_dict(), {})))
+        cost = plan.structure.cost(winner.counts)
+        rows = [
+            _measure("masked", masked, full, plan.structure.cost().macs, pool),
+            _measure("slim", final, small, cost.macs, pool),
+        ]
+    else:
+        masks = _weight_masks(plan, winner, pool)
+        verification, kept = None, {}
+        rows = [_measure("masked", final, small, plan.structure.cost().macs, pool)]
+    save_masks(masks, folder / "masks.safetensors")
+    write_json(folder / "groups.json", _groups(plan, winner, kept))
+    timed = pool.latency(
+        {row.name: row.candidate for row in [dense, *rows]},
+        plan.config.latency.batch_sizes,
+        plan.config.latency.repeats,
+    )
+    return TrialResult(
+        name=trial.name,
+        pruner=type(trial.pruner).__name__,
+        seed=trial.seed,
+        budget="" if trial.budget is None else str(trial.budget),
+        limits=_limits(plan, trial, rows[-1], dense),
+        counts=_counts(plan, winner, pool),
+        rows=tuple(row.row(_latency(timed, row.name)) for row in [dense, *rows]),
+        verification=verification,
+        dfe=found["total_dfe"],
+        evaluations=found["evaluated"],
+        replayed=found["replayed"],
+        seconds=found["seconds"],
+        curve=tuple(SearchStep(**point) for point in found["curve"]),
+        masks=str(folder / "masks.safetensors"),
+        weights=recovered.weights,
+    )
+
+
+def final_model(plan: Plan, trained: Weights) -> nn.Module:
+    """The model of stored weights: slim where they are, on the CPU, in eval mode."""
+    if not trained.kept:
+        return _load(plan.model, trained.state)
+    kept = {name: list(indices) for name, indices in trained.kept.items()}
+    return _load(slim(plan.model, plan.structure, kept), trained.state)
+
+
+def _load(model: nn.Module, state: Mapping[str, torch.Tensor]) -> nn.Module:
+    copied = masked_copy(model, {})
+    copied.load_state_dict(dict(state))
+    return copied.eval()
+
+
+def _measure(
+    name: str, candidate: Candidate, model: nn.Module, macs: int, pool: LedgerExecutor
+) -> Measured:
+    scores = {}
+    for split in ("validation", "test"):
+        trial = pool.evaluate([candidate], split)  # type: ignore[arg-type]
+        if trial[0].failure is not None:
+            raise EvaluationError(f"evaluating the {name} model failed: {trial[0].failure}")
+        scores[split] = trial[0].score
+    return Measured(
+        name,
+        candidate,
+        scores["validation"],
+        scores["test"],
+        params=sum(p.numel() for p in model.parameters()),
+        nonzero=sum(int((p != 0).sum()) for p in model.parameters()),
+        macs=macs,
+        file_bytes=file_size(model),
+    )
+
+
+def _latency(timed: list[LatencyRow], name: str) -> tuple[Latency, ...]:
+    return tuple(
+        Latency(
+            batch_size=row.batch_size,
+            median_ms=row.median_ms,
+            p10_ms=row.p10_ms,
+            p90_ms=row.p90_ms,
+        )
+        for row in timed
+        if row.name == name
+    )
+
+
+def _limits(plan: Plan, trial: TrialPlan, measured: Measured, dense: Measured) -> tuple[Limit, ...]:
+    if trial.budget is None:
+        return ()
+    # Zeros of a masked model don't count as parameters; a slim model has none to speak of.
+    small = measured.nonzero if measured.name == "masked" else measured.params
+    values = {
+        "macs": (measured.macs, dense.macs),
+        "params": (small, dense.params),
+    }
+    return tuple(
+        Limit(
+            resource=name,
+            asked=str(limit),
+            limit=limit.absolute(values[name][1]),
+            measured=values[name][0],
+            dense=values[name][1],
+        )
+        for name, limit in trial.budget.limits
+    )
+
+
+def _counts(
+    plan: Plan, winner: Candidate, pool: LedgerExecutor
+) -> tuple[tuple[str, int, int], ...]:
+    if not winner.kept:
+        return ()
+    orders = pool.rankings[winner.ranking].orders
+    return tuple(
+        (name, winner.counts.get(name, len(order)), len(order)) for name, order in orders.items()
+    )
+
+
+def _weight_masks(plan: Plan, winner: Candidate, pool: LedgerExecutor) -> Masks:
+    if not winner.kept:
+        return {}
+    shapes = dict(plan.model.named_parameters())
+    masks = {}
+    for name, indices in pool.rankings[winner.ranking].kept(winner.counts).items():
+        mask = torch.zeros(shapes[name].numel(), dtype=torch.bool)
+        mask[indices] = True
+        masks[name] = mask.view(shapes[name].shape)
+    return masks
+
+
+def _groups(plan: Plan, winner: Candidate, kept: Mapping[str, list[int]]) -> dict[str, Any]:
+    """What can be removed, and what was: readable without this library."""
+    return {
+        "groups": [
+            {
+                "name": group.name,
+                "channels": group.num_channels,
+                "kept": winner.counts.get(group.name, group.num_channels),
+                "kept_indices": kept.get(group.name, "all"),
+                "producers": list(group.producers),
+                "exact": group.exact,
+            }
+            for group in plan.structure.groups
+        ],
+        "frozen": [[f.parameter, f.dim, f.reason] for f in plan.structure.frozen],
+    }

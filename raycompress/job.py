@@ -1,0 +1,264 @@
+"""The stages of a job, in order.
+
+A job knows nothing of Ray and MLflow: a *backend* gives it executors and runs its trials, a
+*tracker* keeps its results. Every stage answers from the ledger, the weight store and the trials'
+markers what an earlier run of the same job has done.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from raycompress.analysis.sensitivity import SensitivityRow, write_sensitivity
+from raycompress.config import TrainingConfig
+from raycompress.executor import LedgerExecutor, LocalExecutor
+from raycompress.finish import finish_trial, measure_dense
+from raycompress.ledger import Ledger, read_ledger
+from raycompress.plan import Plan
+from raycompress.progress import Progress
+from raycompress.pruning.pruner import Problem
+from raycompress.results import Curve, FrozenLayer, JobResult, TrialResult
+from raycompress.search import Candidate, Training
+from raycompress.trial import Shared, finished, run_trial
+from raycompress.weights import Weights, WeightStore
+
+__all__ = ["Backend", "LocalBackend", "OnReport", "run_job"]
+
+OnReport = Callable[[str, int, Mapping[str, float]], None]
+"""Called with (trial, step, metrics) as searches go on."""
+
+
+class Backend(Protocol):
+    """Where a job's work runs."""
+
+    def pool(
+        self, plan: Plan, ledger: Ledger, progress: Callable[[int, int, float], None]
+    ) -> LedgerExecutor:
+        """Executors for what is outside of trials; closed before trials start."""
+
+    def run_trials(
+        self, plan: Plan, payloads: Sequence[Mapping[str, Any]], shared: Shared, report: OnReport
+    ) -> dict[str, dict[str, Any]]:
+        """Runs trials; returns their results by name."""
+
+
+class LocalBackend:
+    """Everything in this process, one unit after the other."""
+
+    def pool(
+        self, plan: Plan, ledger: Ledger, progress: Callable[[int, int, float], None]
+    ) -> LedgerExecutor:
+        """A `LocalExecutor`."""
+        return LocalExecutor(
+            plan.task,
+            plan.structure,
+            WeightStore(plan.output / "weights"),
+            plan.config.evaluation,
+            ledger=ledger,
+            progress=progress,
+        )
+
+    def run_trials(
+        self, plan: Plan, payloads: Sequence[Mapping[str, Any]], shared: Shared, report: OnReport
+    ) -> dict[str, dict[str, Any]]:
+        """One trial after the other."""
+        results = {}
+        for payload in payloads:
+            name = str(payload["name"])
+
+            def on_step(step: int, metrics: Mapping[str, float], name: str = name) -> None:
+                report(name, step, metrics)
+
+            def make_pool(ledger: Ledger) -> LedgerExecutor:
+                return self.pool(plan, ledger, lambda *_: None)
+
+            results[name] = run_trial(payload, make_pool, on_step, shared)
+        return results
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What the stages share."""
+
+    plan: Plan
+    backend: Backend
+    progress: Progress
+    store: WeightStore
+
+    @contextmanager
+    def pool(self) -> Iterator[LedgerExecutor]:
+        """An executor that writes the job's own part of the ledger."""
+
+        def on_training(step: int, num_steps: int, loss: float) -> None:
+            self.progress.step(f"loss {loss:.4f}, step", step, num_steps)
+
+        with (
+            Ledger(self.plan.output / "ledger", "job") as ledger,
+            self.backend.pool(self.plan, ledger, on_training) as pool,
+        ):
+            yield pool
+
+
+def run_job(
+    plan: Plan, backend: Backend, progress: Progress, report: OnReport
+) -> tuple[JobResult, list[SensitivityRow]]:
+    """Runs a planned job from baseline to the last measurement.
+
+    Args:
+        plan: The validated job.
+        backend: Where work runs.
+        progress: Told of stages.
+        report: Told of each step of each trial.
+
+    Returns:
+        The result, and the sensitivity curves as rows.
+    """
+    start = time.monotonic()
+    job = _Job(plan, backend, progress, WeightStore(plan.output / "weights"))
+    with job.pool() as pool:
+        weights = _dense_weights(job, pool)
+        curves = _sensitivity(job, pool, weights)
+        dfe = pool.dfe
+    found = _compress(job, weights, report)
+    with job.pool() as pool:
+        progress.stage("Measure the dense model")
+        dense = measure_dense(plan, pool, job.store, weights)
+        trials: list[TrialResult] = []
+        for trial in plan.trials:
+            progress.stage(f"Recover, shrink, verify and measure {trial.name}")
+            trials.append(
+                finish_trial(plan, trial, found[trial.name], pool, job.store, weights, dense)
+            )
+        dfe += pool.dfe + sum(found[trial.name]["dfe"] for trial in plan.trials)
+        device = pool.info.numeric_class
+    result = JobResult(
+        name=plan.config.name,
+        score_name=plan.task.score_name,
+        dense=dense.row(),
+        output=str(plan.output),
+        trials=tuple(trials),
+        sensitivity=_curves(curves),
+        sensitivity_criterion="" if plan.sensitivity is None else plan.sensitivity.criterion,
+        frozen=tuple(
+            FrozenLayer(name=f"{each.parameter} (dim {each.dim})", reason=each.reason)
+            for each in plan.structure.frozen
+        ),
+        best=_best(trials),
+        device=device,
+        dfe=dfe,
+        seconds=time.monotonic() - start,
+        notes=_notes(plan),
+    )
+    return result, curves
+
+
+def _dense_weights(job: _Job, pool: LedgerExecutor) -> str:
+    """The dense weights' digest: as they came, or trained first."""
+    initial = Weights(job.plan.model.state_dict(), {})
+    digest = job.store.put(initial)
+    config = job.plan.config
+    if config.model.pretrain is not None:
+        job.progress.stage("Train the dense model")
+        pool.share(digest, initial)
+        trial = pool.evaluate(
+            [Candidate(digest, training=training_of(config.model.pretrain, config.seed))]
+        )[0]
+        if trial.failure is not None or trial.weights is None:
+            raise_failure("training the dense model", trial.failure)
+        digest = trial.weights
+        job.plan.model.load_state_dict(dict(job.store.get(digest).state))
+    pool.share(digest, job.store.get(digest))
+    return digest
+
+
+def _sensitivity(job: _Job, pool: LedgerExecutor, weights: str) -> list[SensitivityRow]:
+    plan = job.plan
+    if plan.sensitivity is None:
+        return []
+    job.progress.stage("Analyse sensitivity")
+    dense = pool.evaluate([Candidate(weights)])[0]
+    if dense.failure is not None:
+        raise_failure("evaluating the dense model", dense.failure)
+    problem = Problem(
+        model=plan.model,
+        structure=plan.structure,
+        weights=weights,
+        executor=pool,
+        targets=plan.config.targets,
+    )
+    rows = plan.sensitivity.run(problem, pool, dense.score)
+    folder = plan.output / "results"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_sensitivity(rows, folder)
+    return rows
+
+
+def _compress(job: _Job, weights: str, report: OnReport) -> dict[str, dict[str, Any]]:
+    plan = job.plan
+    if not plan.trials:
+        return {}
+    shared = Shared(plan.config, plan.structure, weights, job.store.get(weights), plan.output)
+    payloads = [shared.payload(trial) for trial in plan.trials]
+    done = {str(p["name"]): finished(shared, p) for p in payloads}
+    missing = [p for p in payloads if done[str(p["name"])] is None]
+    results = {name: result for name, result in done.items() if result is not None}
+    for name, result in results.items():
+        for point in result["curve"]:
+            report(name, point["step"], {k: v for k, v in point.items() if k != "step"})
+    if missing:
+        job.progress.stage(f"Search: {', '.join(str(p['name']) for p in missing)}")
+        results |= job.backend.run_trials(plan, missing, shared, report)
+    return results
+
+
+def training_of(config: TrainingConfig, seed: int) -> Training:
+    """A job's training settings as a training unit."""
+    return Training(config.epochs, config.lr, seed)
+
+
+def raise_failure(what: str, failure: str | None) -> None:
+    """Ends the job with a unit's failure."""
+    from raycompress.errors import EvaluationError
+
+    raise EvaluationError(f"{what} failed: {failure}")
+
+
+def _curves(rows: Sequence[SensitivityRow]) -> tuple[Curve, ...]:
+    names = list(dict.fromkeys(row.group for row in rows))
+    return tuple(
+        Curve(
+            group=name,
+            num=next(row.num for row in rows if row.group == name),
+            points=tuple((row.sparsity, row.score) for row in rows if row.group == name),
+        )
+        for name in names
+    )
+
+
+def _best(trials: Sequence[TrialResult]) -> str:
+    """The trial to publish: the smallest in multiply-adds within a point of the best score.
+
+    Selected on validation data.
+    """
+    rows = [(trial.name, trial.rows[-1]) for trial in trials if trial.rows]
+    if not rows:
+        return ""
+    top = max(row.score_validation or 0.0 for _, row in rows)
+    close = [(name, row) for name, row in rows if (row.score_validation or 0.0) >= top - 0.01]
+    return min(close, key=lambda pair: (pair[1].macs, pair[1].nonzero_params))[0]
+
+
+def _notes(plan: Plan) -> tuple[str, ...]:
+    records = read_ledger(plan.output / "ledger")
+    failed = [r for r in records if r.get("failure")]
+    notes = [
+        "Scores on validation data selected; scores on test data selected nothing.",
+        "Latency depends on the machine; everything else is the same on every run on it.",
+    ]
+    if failed:
+        notes.append(f"{len(failed)} candidates failed, first: {failed[0]['failure']}")
+    return tuple(notes)
