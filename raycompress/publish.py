@@ -1,0 +1,147 @@
+"""Where a job's results go: files below the output, figures, and the tracking store."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from raycompress.config import JobConfig
+from raycompress.finish import final_model
+from raycompress.plan import Plan
+from raycompress.results import JobResult, TrialResult
+from raycompress.tracking.base import NoTracker, Tracker
+from raycompress.tracking.figures import (
+    allocation_figure,
+    pareto_figure,
+    search_figure,
+    sensitivity_figure,
+)
+from raycompress.tracking.report import report_markdown
+from raycompress.weights import WeightStore
+
+__all__ = ["check_tracking", "open_tracker", "publish"]
+
+
+def check_tracking(config: JobConfig) -> None:
+    """Raises a TrackingError if a tracking server is named and can't be used."""
+    uri = config.tracking.uri
+    if uri is None or uri == "none":
+        return
+    from raycompress.tracking.mlflow import check
+
+    check(uri)
+
+
+def open_tracker(plan: Plan, key: str) -> Tracker:
+    """The job's run; the same job continues the same run."""
+    tracking = plan.config.tracking
+    if tracking.uri == "none":
+        return NoTracker()
+    from raycompress.tracking.mlflow import MlflowTracker
+
+    tracker = MlflowTracker.start(
+        uri=tracking.uri,
+        experiment=tracking.experiment,
+        output=plan.output,
+        job_name=plan.config.name,
+        job_key=key,
+    )
+    tracker.log_params(_params(plan))
+    return tracker
+
+
+def publish(
+    plan: Plan, result: JobResult, tracker: Tracker, children: Mapping[str, Tracker]
+) -> JobResult:
+    """Writes files and figures, logs everything, and returns the result with its addresses."""
+    folder = plan.output / "results"
+    folder.mkdir(parents=True, exist_ok=True)
+    tracking = plan.config.tracking
+    uri = "" if tracking.uri == "none" else (tracking.uri or f"sqlite:///{plan.output}/mlflow.db")
+    store = WeightStore(plan.output / "weights")
+    trials = []
+    for trial in result.trials:
+        child = children[trial.name]
+        model = final_model(plan, store.get(trial.weights))
+        registered = tracking.registered_model if trial.name == result.best else None
+        address = child.log_model(model, plan.task.example_inputs(), registered)
+        child.log_artifact(folder / trial.name)
+        child.log_params({"pruner": trial.pruner, "budget": trial.budget, "seed": trial.seed})
+        child.log_metrics(_metrics(trial))
+        child.finish("FINISHED")
+        trials.append(replace(trial, model=address, run_id=child.run_id))
+    best = next((t for t in trials if t.name == result.best), None)
+    result = replace(
+        result,
+        trials=tuple(trials),
+        tracking_uri=uri,
+        run_id=tracker.run_id,
+        model_uri="" if best is None else best.model,
+    )
+    (folder / "summary.json").write_text(result.to_json())
+    (folder / "report.md").write_text(report_markdown(result))
+    figures = _write_figures(result, folder / "figures")
+    tracker.log_metrics({f"dense/{k}": v for k, v in _row_metrics(result.dense).items()})
+    if best is not None:
+        tracker.log_metrics(_metrics(best))
+    for path in (folder / "summary.json", folder / "report.md", plan.output / "job.yaml"):
+        tracker.log_artifact(path)
+    for path in sorted(folder.glob("sensitivity.*")):
+        tracker.log_artifact(path)
+    for path in figures:
+        tracker.log_artifact(path, "figures")
+    return result
+
+
+def _params(plan: Plan) -> dict[str, str | int | float | bool | None]:
+    config = plan.config
+    return {
+        "task": config.task,
+        "task_args": str(config.task_args),
+        "seed": config.seed,
+        "pruners": str(list(config.pruners)),
+        "budgets": str(list(config.budgets)),
+        "recover": str(config.recover),
+    }
+
+
+def _row_metrics(row: object) -> dict[str, float]:
+    values = {
+        name: float(value)
+        for name, value in vars(row).items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+    for latency in getattr(row, "latency", ()):
+        values[f"latency_ms_batch_{latency.batch_size}"] = latency.median_ms
+    return values
+
+
+def _metrics(trial: TrialResult) -> dict[str, float]:
+    metrics = {
+        f"{row.name}/{name}": value
+        for row in trial.rows
+        for name, value in _row_metrics(row).items()
+    }
+    metrics |= {"search/dfe": trial.dfe, "search/evaluations": float(trial.evaluations)}
+    if trial.verification is not None:
+        metrics["slim/max_error"] = trial.verification.max_error
+    return metrics
+
+
+def _write_figures(result: JobResult, folder: Path) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = {}
+    if result.sensitivity:
+        figures["sensitivity"] = sensitivity_figure(result)
+    if any(trial.counts for trial in result.trials):
+        figures["allocation"] = allocation_figure(result)
+    if any(trial.curve for trial in result.trials):
+        figures["search"] = search_figure(result)
+    if result.trials:
+        figures["pareto"] = pareto_figure(result)
+    paths = []
+    for name, figure in figures.items():
+        paths.append(folder / f"{name}.png")
+        figure.savefig(paths[-1], dpi=150)
+    return paths
