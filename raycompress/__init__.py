@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from raycompress.config import JobConfig
+    from raycompress.driver import run
     from raycompress.errors import RaycompressError, TaskError
     from raycompress.masks import Masks, hold, load_masks, masked_copy, save_masks
     from raycompress.pruning import L1Filter, Level, Pruner, SimulatedAnnealing
     from raycompress.results import JobResult
-    from raycompress.run import run
     from raycompress.structure import analyze, slim, verify
     from raycompress.targets import Target
     from raycompress.task import ClassificationTask, Split, Task, split_indices
@@ -38,7 +38,7 @@ _HOMES = {
     "hold": "masks",
     "load_masks": "masks",
     "masked_copy": "masks",
-    "run": "run",
+    "run": "driver",
     "save_masks": "masks",
     "slim": "structure",
     "split_indices": "task",

@@ -1,0 +1,148 @@
+"""The report of a job: one set of cells, as Markdown for MLflow and as a table for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from raycompress.results import JobResult, ModelRow, TrialResult
+
+__all__ = ["report_markdown", "report_table"]
+
+
+def _number(value: float) -> str:
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:g}"
+
+
+def _header(result: JobResult) -> list[str]:
+    sizes = [latency.batch_size for latency in result.dense.latency]
+    latencies = [f"ms, batch {size} (p10-p90)" for size in sizes]
+    name = result.score_name
+    return [
+        "model",
+        f"{name} validation",
+        f"{name} test",
+        "parameters",
+        "MACs",
+        *latencies,
+        "file",
+    ]
+
+
+def _cells(row: ModelRow, label: str, dense: ModelRow) -> list[str]:
+    def share(value: float, whole: float) -> str:
+        return "" if row is dense else f" ({100 * value / max(whole, 1):.0f}%)"
+
+    params = row.nonzero_params if row.name == "masked" else row.params
+    latency = []
+    for entry in row.latency:
+        base = dense.at(entry.batch_size)
+        times = f"{entry.median_ms:.2f} ({entry.p10_ms:.2f}-{entry.p90_ms:.2f})"
+        if row.name == "slim" and base is not None:
+            times += f", {base.median_ms / entry.median_ms:.2f}x"
+        latency.append(times)
+
+    def score(value: float | None) -> str:
+        return "-" if value is None else f"{value:.4f}"
+
+    return [
+        label,
+        score(row.score_validation),
+        score(row.score_test),
+        _number(params) + share(params, dense.params),
+        _number(row.macs) + share(row.macs, dense.macs),
+        *latency,
+        f"{row.file_bytes / 1e3:.0f} kB" + share(row.file_bytes, dense.file_bytes),
+    ]
+
+
+def _lines(result: JobResult) -> list[list[str]]:
+    lines = [_cells(result.dense, "dense", result.dense)]
+    for trial in result.trials:
+        base = trial.row("dense") or result.dense
+        for row in trial.rows:
+            if row.name != "dense":
+                lines.append(_cells(row, f"{trial.name}: {row.name}", base))
+            elif not result.dense.latency:
+                lines[0] = _cells(row, "dense", row)
+    return lines
+
+
+def _first(result: JobResult) -> JobResult:
+    """Latency columns are those of the first trial; each trial timed the dense model anew."""
+    from dataclasses import replace
+
+    row = next((trial.row("dense") for trial in result.trials), None)
+    return result if row is None or result.dense.latency else replace(result, dense=row)
+
+
+def report_table(result: JobResult) -> Table:
+    """The final table, for a terminal."""
+    result = _first(result)
+    table = Table(title=result.name, title_justify="left", title_style="bold")
+    for index, name in enumerate(_header(result)):
+        table.add_column(name, justify="left" if index == 0 else "right")
+    for line in _lines(result):
+        table.add_row(*line, style="dim" if line[0].endswith("masked") else "")
+    return table
+
+
+def report_markdown(result: JobResult) -> str:
+    """The report as Markdown."""
+    result = _first(result)
+    header = _header(result)
+    parts = [f"# {result.name}", ""]
+    parts += [_row(header), _row(["---"] * len(header)), *(_row(line) for line in _lines(result))]
+    parts += [
+        "",
+        "Masked: parameters are those that aren't zero. Slim: really smaller; times are beside "
+        "the dense model's, measured in turns on one device.",
+        "",
+    ]
+    for trial in result.trials:
+        parts += _trial(trial)
+    if result.trials:
+        parts += ["## Use the model", "", "```python", "import mlflow.pytorch", ""]
+        parts += [
+            f"mlflow.set_tracking_uri({result.tracking_uri!r})",
+            f"model = mlflow.pytorch.load_model({result.model_uri!r})",
+            "```",
+            "",
+        ]
+    if result.frozen:
+        parts += ["## What can't be pruned", ""]
+        parts += [f"- `{each.name}`: {each.reason}" for each in result.frozen[:40]]
+        parts.append("")
+    parts += ["## Notes", "", *(f"- {note}" for note in result.notes)]
+    parts.append(f"- Latency was measured on: {result.device}")
+    parts.append(f"- The job cost {result.dfe:.1f} dense-forward equivalents.")
+    return "\n".join(parts) + "\n"
+
+
+def _trial(trial: TrialResult) -> list[str]:
+    lines = [f"## {trial.name}", ""]
+    for limit in trial.limits:
+        verdict = "met" if limit.met else "NOT met"
+        lines.append(
+            f"- Budget {limit.resource} {limit.asked}: {_number(limit.measured)} of at most "
+            f"{_number(limit.limit)}, {verdict}"
+        )
+    if trial.verification is not None:
+        reasons = "; ".join(trial.verification.reasons)
+        lines.append(
+            f"- Slim against masked: {trial.verification.kind}, largest relative error "
+            f"{trial.verification.max_error:.1e}{f' ({reasons})' if reasons else ''}"
+        )
+    lines.append(
+        f"- Search: {trial.dfe:.1f} dense-forward equivalents, {trial.evaluations} candidates "
+        f"evaluated, {trial.replayed} answered by the ledger, {trial.seconds:.1f} s"
+    )
+    return [*lines, ""]
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
