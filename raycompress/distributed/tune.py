@@ -246,6 +246,11 @@ def _callback(on_report: OnReport | None, stopped: threading.Event) -> Any:
         def __init__(self) -> None:
             self.last: dict[str, int] = {}
 
+        def __reduce__(self) -> tuple[Any, ...]:
+            # Tune pickles its callbacks into a snapshot that is never read here; what the driver
+            # listens with (a tracker, a terminal) can't be pickled.
+            return (tune.Callback, ())
+
         def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
             if stopped.is_set():  # the signal may have come before Tune's handler stood
                 os.kill(os.getpid(), signal.SIGUSR1)
