@@ -185,15 +185,17 @@ class Allocator:
     def _fill(
         self, counts: dict[str, int], share: Callable[[ChannelGroup], float]
     ) -> dict[str, int]:
-        order = sorted(
-            self.groups, key=lambda g: counts[g.name] / g.num_channels - min(1.0, share(g))
-        )
-        for group in order:
-            more = counts[group.name] + self._step[group.name]
-            if more <= group.num_channels:
+        grown = True
+        while grown:  # each pass adds a channel or ends, so this does
+            grown = False
+            order = sorted(
+                self.groups, key=lambda g: counts[g.name] / g.num_channels - min(1.0, share(g))
+            )
+            for group in order:
+                more = counts[group.name] + self._step[group.name]
                 larger = {**counts, group.name: more}
-                if self.meets(larger):
-                    counts = larger
+                if more <= group.num_channels and self.meets(larger):
+                    counts, grown = larger, True
         return counts
 
     def _counts(self, fractions: Mapping[str, float], scale: float) -> dict[str, int]:

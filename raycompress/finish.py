@@ -20,6 +20,7 @@ from raycompress.results import Latency, Limit, ModelRow, SearchStep, TrialResul
 from raycompress.search import Candidate, Training
 from raycompress.structure import expand, file_size, slim, verify
 from raycompress.structure.latency import LatencyRow
+from raycompress.task import Split
 from raycompress.trial import load_ranking, write_json
 from raycompress.weights import Weights, WeightStore
 
@@ -169,8 +170,9 @@ def _measure(
     name: str, candidate: Candidate, model: nn.Module, macs: int, pool: LedgerExecutor
 ) -> Measured:
     scores = {}
-    for split in ("validation", "test"):
-        trial = pool.evaluate([candidate], split)  # type: ignore[arg-type]
+    splits: tuple[Split, ...] = ("validation", "test")
+    for split in splits:
+        trial = pool.evaluate([candidate], split)
         if trial[0].failure is not None:
             raise EvaluationError(f"evaluating the {name} model failed: {trial[0].failure}")
         scores[split] = trial[0].score

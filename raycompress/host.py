@@ -187,7 +187,7 @@ class ModelHost:
         content = hashlib.sha256()
         sizes = {}
         for split in SPLITS:
-            data = self._dataset(split)
+            data = self._dataset(split)  # type: ignore[arg-type]
             sizes[split] = len(data)
             for index in sorted({0, len(data) // 2, len(data) - 1}):
                 _update_with_tensors(content, data[index])

@@ -11,10 +11,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from raycompress.analysis.sensitivity import SensitivityRow, write_sensitivity
 from raycompress.config import TrainingConfig
+from raycompress.errors import EvaluationError
 from raycompress.executor import LedgerExecutor, LocalExecutor
 from raycompress.finish import finish_trial, measure_dense
 from raycompress.ledger import Ledger, read_ledger
@@ -220,10 +221,8 @@ def training_of(config: TrainingConfig, seed: int) -> Training:
     return Training(config.epochs, config.lr, seed)
 
 
-def raise_failure(what: str, failure: str | None) -> None:
+def raise_failure(what: str, failure: str | None) -> NoReturn:
     """Ends the job with a unit's failure."""
-    from raycompress.errors import EvaluationError
-
     raise EvaluationError(f"{what} failed: {failure}")
 
 

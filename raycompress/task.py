@@ -182,7 +182,8 @@ class ClassificationTask(Task):
 
     def score(self, outputs: Any, batch: Any) -> Tensor:
         """1 for each example whose largest logit is its label's, else 0."""
-        return (outputs.argmax(dim=-1) == batch[1]).float()
+        hits: Tensor = outputs.argmax(dim=-1) == batch[1]
+        return hits.float()
 
 
 def move(value: Any, device: torch.device | str) -> Any:

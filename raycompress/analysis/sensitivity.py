@@ -71,7 +71,7 @@ class Sensitivity:
         fine = CRITERIA[self.criterion].kind == "weights"
         if fine:
             names = {name: f"{name}.weight" if name else "weight" for name in problem.layers()}
-            owners = {name: (name,) for name in names}
+            owners: dict[str, tuple[str, ...]] = {name: (name,) for name in names}
         else:
             names = {name: name for name in problem.groups()}
             owners = {name: problem.structure.group(name).producers for name in names}

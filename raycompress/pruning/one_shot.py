@@ -54,7 +54,7 @@ class Level(Pruner):
         sizes = {}
         for name in layers:
             weight = modules[name].weight
-            sizes[name] = int(weight.numel())  # type: ignore[operator]
+            sizes[name] = int(weight.numel())
         if problem.budget is not None:
             shared = self._budget_sparsity(problem, sum(sizes.values()))
             sparsities = dict.fromkeys(layers, shared)

@@ -140,7 +140,7 @@ class SimulatedAnnealing(Pruner):
         start = scale / -math.log(self.start_acceptance)
         end = scale / -math.log(self.end_acceptance)
         progress = (iteration - 1) / max(self.iterations - 1, 1)
-        return start * (end / start) ** progress
+        return float(start * (end / start) ** progress)
 
     def _energy(self, trial: Trial) -> float:
         return trial.loss if self.objective == "loss" else -trial.score

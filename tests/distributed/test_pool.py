@@ -116,9 +116,9 @@ def test_progress_of_training_arrives_while_it_runs(toy: Toy, few: Few) -> None:
         toy.spec(), few(1), progress=lambda step, of, loss: seen.append((step, of))
     ) as pool:
         pool.publish(toy.ranking)
-        trial = pool.evaluate([toy.candidate(8, training=Training(epochs=150))])[0]
+        trial = pool.evaluate([toy.candidate(8, training=Training(epochs=900))])[0]
     assert trial.failure is None and trial.weights is not None
-    assert seen and seen == sorted(seen) and seen[-1][1] == 450
+    assert seen and seen == sorted(seen) and seen[-1][1] == 2700
 
 
 def test_shared_weights_are_never_written(toy: Toy, few: Few) -> None:

@@ -72,7 +72,7 @@ def randomise(model: nn.Module) -> None:
             noise = torch.rand(tensor.shape, generator=generator).to(tensor.dtype)
             if name.endswith("running_var"):
                 tensor.copy_(noise + 0.5)
-            elif name.endswith("running_mean") or tensor.dim() == 1 and tensor.requires_grad:
+            elif name.endswith("running_mean") or (tensor.dim() == 1 and tensor.requires_grad):
                 tensor.copy_(noise + 0.5 if "norm" in name or "bn" in name else noise - 0.5)
             elif tensor.requires_grad:
                 fan = max(tensor[0].numel(), 1)

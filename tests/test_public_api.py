@@ -1,0 +1,42 @@
+import subprocess
+import sys
+
+import raycompress
+
+
+def test_names_are_pinned_and_load():
+    assert raycompress.__all__ == [
+        "ClassificationTask",
+        "JobConfig",
+        "JobResult",
+        "L1Filter",
+        "Level",
+        "Masks",
+        "Pruner",
+        "RaycompressError",
+        "SimulatedAnnealing",
+        "Split",
+        "Target",
+        "Task",
+        "TaskError",
+        "analyze",
+        "hold",
+        "load_masks",
+        "masked_copy",
+        "run",
+        "save_masks",
+        "slim",
+        "split_indices",
+        "verify",
+    ]
+    for name in raycompress.__all__:
+        assert getattr(raycompress, name) is not None
+
+
+def test_nothing_heavy_is_imported_before_it_is_needed():
+    code = (
+        "import sys, raycompress, raycompress.cli; assert 'torch' not in sys.modules; "
+        "import raycompress.pruning, raycompress.job, raycompress.driver; raycompress.run; "
+        "assert not {'ray', 'mlflow'} & set(sys.modules), 'heavy'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,130 @@
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import raycompress
+from raycompress.errors import ConfigError, TaskError
+from raycompress.recalibration import recalibrate
+from raycompress.targets import Target, select_groups, select_layers
+from raycompress.task import check_task, split_indices
+from raycompress.testing import ToyNet, ToyTask
+
+
+def broken(**methods):
+    return type("Broken", (ToyTask,), methods)()
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        (
+            broken(score=lambda self, o, b: torch.tensor(1.0)),
+            "Broken.score must return one number for each example, a tensor of shape (2,) here, "
+            "got ()",
+        ),
+        (
+            broken(loss=lambda self, o, b: o.sum() * float("nan")),
+            "Broken.loss must be finite, got nan on validation data",
+        ),
+        (
+            broken(loss=lambda self, o, b: o),
+            "Broken.loss must return a scalar tensor, got (2, 3)",
+        ),
+        (
+            broken(build_model=lambda self: "net"),
+            "Broken.build_model must return a torch.nn.Module, got str",
+        ),
+        (
+            broken(example_inputs=lambda self: (torch.zeros(2, 5, 6, 6),)),
+            "Broken: the model doesn't fit Broken.example_inputs(): RuntimeError",
+        ),
+        (
+            broken(build_model=lambda self: nn.Linear(3, 2)),
+            "Broken: the model doesn't take its own validation examples: RuntimeError",
+        ),
+        (
+            broken(dataset=lambda self, split: TensorDataset(torch.zeros(0))),
+            "Broken.dataset('train') is empty",
+        ),
+        (
+            broken(dataset=lambda self, split: iter([1])),
+            "Broken.dataset('train') must be map-style",
+        ),
+        (
+            broken(build_model=lambda self: ToyNet().to("meta")),
+            "Broken.build_model must return the model on the CPU, got parameters on meta",
+        ),
+    ],
+)
+def test_broken_tasks_say_what_is_wrong(task, message):
+    with pytest.raises(TaskError) as caught:
+        check_task(task)
+    assert str(caught.value).startswith(message)
+
+
+def test_nan_while_training_names_the_step():
+    task = broken(loss=lambda self, o, b: o.sum() * float("nan"))
+    with pytest.raises(TaskError, match=r"got nan at training step 1 of 3; lower the learning"):
+        task.train(task.build_model(), epochs=1)
+
+
+def test_training_learns_and_is_reproducible():
+    task = ToyTask()
+    models = [task.build_model(), task.build_model()]
+    for model in models:
+        task.train(model, epochs=12, seed=3)
+    first, second = (list(model.state_dict().values()) for model in models)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    images, labels = task.dataset("test").tensors
+    assert (models[0](images).argmax(1) == labels).float().mean() > 0.8
+
+
+def test_splits_are_disjoint():
+    parts = split_indices(100, {"a": 30, "b": -1, "c": 20}, seed=1)
+    assert sorted(parts["a"] + parts["b"] + parts["c"]) == list(range(100))
+    with pytest.raises(TaskError, match="don't fit"):
+        split_indices(10, {"a": 11})
+
+
+def test_recalibration_equals_the_average_over_batches():
+    norm = nn.BatchNorm1d(3).eval()
+    batches = [torch.randn(16, 3) + 5 for _ in range(4)]
+    recalibrate(norm, norm, batches)
+    means = torch.stack([b.mean(0) for b in batches]).mean(0)
+    variances = torch.stack([b.var(0) for b in batches]).mean(0)
+    torch.testing.assert_close(norm.running_mean, means)
+    torch.testing.assert_close(norm.running_var, variances)
+    assert not norm.training and norm.momentum == 0.1
+
+
+def test_targets_as_nni_users_know_them():
+    model = ToyNet()
+    chosen = select_layers(
+        model,
+        [
+            Target(op_types=("Conv2d",), sparsity=0.5),
+            Target(op_names=("conv1",), sparsity=0.2),
+            Target(op_names=("conv3",), exclude=True),
+        ],
+    )
+    assert chosen == {"conv2": 0.5, "conv1": 0.2}
+    with pytest.raises(ConfigError, match=r"no layer 'conv9'; did you mean 'conv"):
+        select_layers(model, [Target(op_names=("conv9",))])
+    with pytest.raises(ConfigError, match="no layer of type 'Conv1d', only Conv2d, Linear"):
+        select_layers(model, [Target(op_types=("Conv1d",))])
+
+
+def test_coupled_layers_cant_disagree():
+    task = ToyTask()
+    model = task.build_model().eval()
+    structure = raycompress.analyze(model, task.example_inputs())
+    with pytest.raises(ConfigError, match="share their channels"):
+        select_groups(
+            model,
+            structure,
+            [
+                Target(op_names=("conv1",), sparsity=0.5),
+                Target(op_names=("conv2",), sparsity=0.25),
+            ],
+        )
