@@ -170,7 +170,7 @@ def _fit(
     errors = {}
     for result in (grid[i] for i in range(len(grid))):
         if result.error is not None:
-            errors[result.config["name"]] = str(result.error).strip().splitlines()[-1]
+            errors[str((result.config or {})["name"])] = str(result.error).strip().splitlines()[-1]
     for name in names:
         path = Path(common.output) / f"{name}.error.json"
         if path.exists():

@@ -137,6 +137,8 @@ class SimulatedAnnealing(Pruner):
             iteration: From 1 to `iterations`.
             scale: The median difference that the acceptances speak of.
         """
+        if scale == 0:
+            return 0.0
         start = scale / -math.log(self.start_acceptance)
         end = scale / -math.log(self.end_acceptance)
         progress = (iteration - 1) / max(self.iterations - 1, 1)

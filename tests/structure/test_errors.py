@@ -90,7 +90,7 @@ def test_wrong_shapes_and_empty_layers_are_refused() -> None:
         slim(model, structure, {"0.0": []})
     with pytest.raises(StructureError, match="twice"):
         slim(model, structure, {"0.0": [1, 1]})
-    with pytest.raises(StructureError, match="channels 0..7"):
+    with pytest.raises(StructureError, match=r"channels 0\.\.7"):
         slim(model, structure, {"0.0": [8]})
     with pytest.raises(StructureError, match="isn't the one analysed"):
         slim(Residual(), structure, {"0.0": [1]})
