@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
+
 from raycompress.config import JobConfig
 from raycompress.finish import final_model
+from raycompress.ledger import read_ledger
 from raycompress.plan import Plan
 from raycompress.results import JobResult, TrialResult
 from raycompress.tracking.base import NoTracker, Tracker
@@ -80,6 +85,7 @@ def publish(
         model_uri="" if best is None else best.model,
     )
     (folder / "summary.json").write_text(result.to_json())
+    write_candidates(plan, folder / "candidates.parquet")
     (folder / "report.md").write_text(report_markdown(result))
     figures = _write_figures(result, folder / "figures")
     tracker.log_metrics({f"dense/{k}": v for k, v in _row_metrics(result.dense).items()})
@@ -87,11 +93,33 @@ def publish(
         tracker.log_metrics(_metrics(best))
     for path in (folder / "summary.json", folder / "report.md", plan.output / "job.yaml"):
         tracker.log_artifact(path)
-    for path in sorted(folder.glob("sensitivity.*")):
+    for path in (folder / "candidates.parquet", *sorted(folder.glob("sensitivity.*"))):
         tracker.log_artifact(path)
     for path in figures:
         tracker.log_artifact(path, "figures")
     return result
+
+
+def write_candidates(plan: Plan, path: Path) -> None:
+    """The ledger as one table: a row for each finished unit."""
+    rows = [
+        {
+            "key": record["key"],
+            "kind": record["kind"],
+            "candidate": json.dumps(record["candidate"]),
+            "score": sum(s[1] for s in record["shards"])
+            / max(sum(s[0] for s in record["shards"]), 1),
+            "loss": sum(s[2] for s in record["shards"])
+            / max(sum(s[0] for s in record["shards"]), 1),
+            "failure": record["failure"],
+            "weights": record["weights"],
+            "seconds": record["seconds"],
+            "dfe": record["dfe"],
+            "worker": record["worker"],
+        }
+        for record in read_ledger(plan.output / "ledger")
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
 
 
 def _params(plan: Plan) -> dict[str, str | int | float | bool | None]:
