@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from raycompress.errors import RaycompressError
+from raycompress.errors import InputError, RaycompressError
 
 __all__ = ["app", "main"]
 
@@ -49,7 +49,7 @@ def main() -> None:
     app()
 
 
-def _guarded(action: Callable[[], None], debug: bool) -> None:
+def _guarded(action: Callable[[], None], debug: bool, source: Path | None = None) -> None:
     """Runs a command; errors raised on purpose become one message and an exit code."""
     try:
         action()
@@ -58,6 +58,10 @@ def _guarded(action: Callable[[], None], debug: bool) -> None:
             raise
         console = Console(stderr=True, highlight=False, soft_wrap=True)
         for line in str(error).splitlines():
+            # What is wrong beyond the file's own text, such as a layer's name, is its too.
+            if isinstance(error, InputError) and source is not None:
+                named = line.startswith(("--set", str(source)))
+                line = line if named else f"{source}: {line}"
             console.print("[bold red]error:[/] ", end="")
             console.print(line, markup=False)
         raise typer.Exit(error.exit_code) from None
@@ -104,7 +108,7 @@ def run(
     debug: Debug = False,
 ) -> None:
     """Run a job; the same command continues one that was stopped."""
-    _guarded(lambda: _run(_load(job, set_, output), json, quiet), debug)
+    _guarded(lambda: _run(_load(job, set_, output), json, quiet), debug, job)
 
 
 @app.command(epilog=EPILOG)
@@ -127,7 +131,7 @@ def sensitivity(
         config = replace(config, sensitivity=config.sensitivity or SensitivityConfig(), pruners=())
         _run(config, json, quiet)
 
-    _guarded(action, debug)
+    _guarded(action, debug, job)
 
 
 @app.command(epilog=EPILOG)
@@ -148,7 +152,7 @@ def validate(job: Job, set_: Set = None, output: Output = None, debug: Debug = F
             print(f"trial   {trial.name}")
         print(f"output  {plan.output}")
 
-    _guarded(action, debug)
+    _guarded(action, debug, job)
 
 
 @app.command(epilog=EPILOG)

@@ -15,6 +15,7 @@ from raycompress.finish import final_model
 from raycompress.ledger import read_ledger
 from raycompress.plan import Plan
 from raycompress.results import JobResult, TrialResult
+from raycompress.tracking.address import check
 from raycompress.tracking.base import NoTracker, Tracker
 from raycompress.tracking.figures import (
     allocation_figure,
@@ -33,8 +34,6 @@ def check_tracking(config: JobConfig) -> None:
     uri = config.tracking.uri
     if uri is None or uri == "none":
         return
-    from raycompress.tracking.mlflow import check
-
     check(uri)
 
 

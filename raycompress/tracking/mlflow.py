@@ -9,7 +9,6 @@ import logging
 import math
 import os
 import re
-import socket
 import sqlite3
 import sys
 import tempfile
@@ -18,7 +17,6 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 
@@ -29,37 +27,13 @@ from mlflow.exceptions import MlflowException
 from torch import nn
 
 from raycompress.errors import TrackingError
+from raycompress.tracking.address import masked_uri
 from raycompress.tracking.base import Status
 
-__all__ = ["MlflowTracker", "check", "masked_uri", "ui_command"]
+__all__ = ["MlflowTracker", "ui_command"]
 
 for _name in ("mlflow", "alembic"):
     logging.getLogger(_name).setLevel(logging.ERROR)
-
-
-def masked_uri(uri: str) -> str:
-    """The URI without its password."""
-    return re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", uri)
-
-
-def check(uri: str) -> None:
-    """Raises a TrackingError, within seconds, if the URI can't be used."""
-    parts = urlsplit(uri)
-    if parts.scheme in ("http", "https"):
-        port = parts.port or (443 if parts.scheme == "https" else 80)
-        try:
-            socket.create_connection((parts.hostname or "", port), timeout=5).close()
-        except OSError as error:
-            raise TrackingError(
-                f"tracking.uri: no MLflow server answers at {masked_uri(uri)} "
-                f"({error.strerror or error}); start it, or leave tracking.uri out to keep results "
-                "below the output"
-            ) from error
-    elif parts.scheme in ("", "file"):
-        raise TrackingError(
-            f"tracking.uri: MLflow keeps no runs in plain folders any more, got {uri!r}; use "
-            "sqlite:///absolute/path/mlflow.db, a server's http address, or leave it out"
-        )
 
 
 class MlflowTracker:

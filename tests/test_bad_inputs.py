@@ -1,0 +1,274 @@
+"""What users get wrong: one screen that names file, key, value and remedy; nothing has started."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from raycompress.cli import app
+
+HERE = Path(__file__).parent
+BASE = """\
+name: bad
+task: raycompress.testing:ToyTask
+pruners:
+  - {type: L1Filter}
+budgets:
+  - {macs: 50%}
+cluster: {executor: ray}
+tracking: {uri: none}
+"""
+TASK = "raycompress.testing:ToyTask"
+BUDGETS = "budgets:\n  - {macs: 50%}\n"
+SERVER = "http://user:secret@127.0.0.1:9"
+
+# name -> (replacements in BASE, text at its end, arguments, the exact error; FILE is the job)
+CASES = {
+    "unknown pruner": (
+        [("L1Filter", "L1Filtr")],
+        "",
+        [],
+        "FILE, line 4: pruners[0].type: no pruner 'L1Filtr'; did you mean 'L1Filter'?",
+    ),
+    "misspelt key": (
+        [("budgets:", "budgetz:")],
+        "",
+        [],
+        "FILE, line 5: budgetz is no key of a job; did you mean 'budgets'?",
+    ),
+    "sparsity out of range": (
+        [("{type: L1Filter}", "{type: L1Filter, sparsity: 1.5}"), (BUDGETS, "")],
+        "",
+        [],
+        "FILE, line 4: pruners[0].sparsity must be in [0, 1), got 1.5",
+    ),
+    "no task": (
+        [(f"task: {TASK}\n", "")],
+        "",
+        [],
+        'FILE: task is missing: Import path of the Task, "package.module:Class"',
+    ),
+    "no such module": (
+        [(TASK, "no_such_module:Task")],
+        "",
+        [],
+        "FILE: task: no module 'no_such_module' in CWD or among the installed packages",
+    ),
+    "module that can't be imported": (
+        [(TASK, "broken_import:Task")],
+        "",
+        [],
+        "FILE: task: importing 'broken_import' failed at broken_import.py, line 3: "
+        "ModuleNotFoundError: No module named 'no_such_library'",
+    ),
+    "misspelt class": (
+        [("ToyTask", "ToyTsk")],
+        "",
+        [],
+        "FILE: task: module 'raycompress.testing' has no 'ToyTsk'; did you mean 'ToyTask'?",
+    ),
+    "not a task": (
+        [(TASK, "bad_tasks:NotATask")],
+        "",
+        [],
+        "FILE: task: 'bad_tasks:NotATask' is a class NotATask, and must be a subclass of "
+        "raycompress.Task",
+    ),
+    "task arguments": (
+        [],
+        "task_args: {depth: 3}\n",
+        [],
+        f"FILE: task {TASK} can't be constructed with task_args {{'depth': 3}}: TypeError: "
+        "ToyTask.__init__() got an unexpected keyword argument 'depth'",
+    ),
+    "budget out of reach": (
+        [("50%", "0.1%")],
+        "",
+        [],
+        "FILE: budget macs 0.1% can't be reached: with the fewest channels in all 2 prunable "
+        "groups the model keeps macs 2.91%; raise the budget, or allow more layers to be pruned",
+    ),
+    "unknown resource": (
+        [("macs: 50%", "mac: 50%")],
+        "",
+        [],
+        "FILE, line 6: budgets[0].mac is no resource; allowed: macs, params; did you mean 'macs'?",
+    ),
+    "budget above the whole": (
+        [("50%", "150%")],
+        "",
+        [],
+        "FILE, line 6: budgets[0].macs must be a percentage kept such as 50%, above 0% and at "
+        "most 100%, or a number above 0, got '150%'",
+    ),
+    "output is a file": (
+        [],
+        "output: bad_tasks.py\n",
+        [],
+        "FILE: output CWD/bad_tasks.py can't be made: CWD/bad_tasks.py is a file",
+    ),
+    "output is a URI": (
+        [],
+        "output: s3://bucket/x\n",
+        [],
+        "FILE: output must be a folder, got the URI s3://bucket/x",
+    ),
+    "output can't be written": (
+        [],
+        "output: /proc/raycompress\n",
+        [],
+        "FILE: output /proc/raycompress can't be made: No such file or directory",
+    ),
+    "tracking server not there": (
+        [("uri: none", f"uri: '{SERVER}'")],
+        "",
+        [],
+        "FILE: tracking.uri: no MLflow server answers at http://user:***@127.0.0.1:9 "
+        "(Connection refused); start it, or leave tracking.uri out to keep results below the "
+        "output",
+    ),
+    "tracking in a plain folder": (
+        [("uri: none", "uri: ./mlruns")],
+        "",
+        [],
+        "FILE: tracking.uri: MLflow keeps no runs in plain folders any more, got './mlruns'; use "
+        "sqlite:///absolute/path/mlflow.db, a server's http address, or leave it out",
+    ),
+    "YAML syntax": (
+        [],
+        "latency: {batch_sizes: [1\n",
+        [],
+        "FILE, line 10, column 1: not valid YAML: expected ',' or ']', but got '<stream end>' "
+        "(while parsing a flow sequence that starts in line 9)",
+    ),
+    "key given twice": (
+        [],
+        "name: again\n",
+        [],
+        "FILE, line 9: name is given twice, first in line 1",
+    ),
+    "wrong type": ([], "seed: one\n", [], "FILE, line 9: seed must be an integer, got 'one'"),
+    "unknown layer": (
+        [],
+        "targets:\n  - {op_names: [conv9]}\n",
+        [],
+        "FILE: targets.op_names: no layer 'conv9'; did you mean 'conv3' or 'conv2' or 'conv1'?",
+    ),
+    "unknown layer type": (
+        [],
+        "targets:\n  - {op_types: [Conv3d]}\n",
+        [],
+        "FILE: targets.op_types: the model has no layer of type 'Conv3d', only Conv2d, Linear; "
+        "did you mean 'Conv2d'?",
+    ),
+    "negative epochs": (
+        [],
+        "recover: {epochs: -1}\n",
+        [],
+        "FILE, line 9: recover.epochs must be above 0, got -1",
+    ),
+    "score of the wrong shape": (
+        [(TASK, "bad_tasks:ScoreOfTheWrongShape")],
+        "",
+        [],
+        "FILE: ScoreOfTheWrongShape.score must return one number for each example, a tensor of "
+        "shape (2,) here, got ()",
+    ),
+    "loss is NaN": (
+        [(TASK, "bad_tasks:LossIsNaN")],
+        "",
+        [],
+        "FILE: LossIsNaN.loss must be finite, got nan on validation data",
+    ),
+    "nothing to do": (
+        [("pruners:\n  - {type: L1Filter}\n", "")],
+        "",
+        [],
+        "FILE: a job needs pruners, or sensitivity, or both",
+    ),
+    "no weights file": (
+        [],
+        "model: {weights: nowhere.safetensors}\n",
+        [],
+        "FILE: model.weights: no file nowhere.safetensors",
+    ),
+    "neither sparsity nor budget": (
+        [(BUDGETS, "")],
+        "",
+        [],
+        "FILE: L1Filter needs a sparsity for 'conv1': give L1Filter.sparsity, targets.sparsity, "
+        "or a budget",
+    ),
+    "criterion that doesn't fit": (
+        [("{type: L1Filter}", "{type: SimulatedAnnealing, criterion: level}")],
+        "",
+        [],
+        "FILE, line 4: pruners[0].criterion must be one of 'l1', 'l2', got 'level'",
+    ),
+    "name that is no folder's": (
+        [("name: bad", "name: a/b")],
+        "",
+        [],
+        "FILE, line 1: name must be usable as a folder's name, got 'a/b'",
+    ),
+    "override without a value": (
+        [],
+        "",
+        ["--set", "cluster.replicas"],
+        "--set cluster.replicas: must be KEY=VALUE, such as cluster.replicas=4 or "
+        "budgets.0.macs=30%",
+    ),
+    "override out of a list": (
+        [],
+        "",
+        ["--set", "pruners.3.type=Level"],
+        "--set pruners.3.type=Level: pruners is a list and has no entry 3 (it has 0 to 0)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input(case, tmp_path, monkeypatch):
+    replacements, end, arguments, expected = CASES[case]
+    text = BASE + end
+    for old, new in replacements:
+        assert old in text
+        text = text.replace(old, new)
+    job = tmp_path / "job.yaml"
+    job.write_text(text)
+    monkeypatch.chdir(HERE)
+    output = [] if "output:" in text else ["--output", str(tmp_path / "out")]
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("Ray was started")
+
+    import ray
+
+    monkeypatch.setattr(ray, "init", refuse)
+    before = set(tmp_path.iterdir())
+    done = CliRunner().invoke(app, ["run", str(job), *output, *arguments])
+    expected = expected.replace("FILE", str(job)).replace("CWD", str(HERE))
+    assert done.output == f"error: {expected}\n"
+    assert done.exit_code == 2
+    assert set(tmp_path.iterdir()) == before  # nothing half-written
+
+
+def test_traceback_only_with_debug(tmp_path):
+    arguments = ["run", str(tmp_path / "none.yaml")]
+    assert "Traceback" not in CliRunner().invoke(app, arguments).output
+    error = CliRunner().invoke(app, [*arguments, "--debug"]).exception
+    assert type(error).__name__ == "ConfigError"
+
+
+def test_nothing_heavy_is_imported_for_a_bad_job(tmp_path):
+    import subprocess
+
+    (tmp_path / "job.yaml").write_text(BASE.replace("50%", "0.1%"))
+    code = (
+        "import sys\nfrom typer.testing import CliRunner\nfrom raycompress.cli import app\n"
+        "done = CliRunner().invoke(app, ['run', 'job.yaml', '--output', 'out'])\n"
+        "assert done.exit_code == 2, done.output\n"
+        "assert not {'ray', 'mlflow'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)

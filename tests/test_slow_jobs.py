@@ -1,0 +1,216 @@
+"""Jobs on real Ray: killed drivers, submission, and the results in a real browser."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from raycompress.ledger import read_ledger
+from raycompress.results import JobResult
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+ROOT = Path(__file__).parent.parent
+JOB = """\
+name: chaos
+task: raycompress.testing:ToyTask
+task_args: {width: 16, num: 512}
+pruners:
+  - {type: SimulatedAnnealing, iterations: 60, neighbours: 4, recalibrate: 2}
+budgets:
+  - {macs: 40%}
+latency: {batch_sizes: [1], repeats: 3}
+cluster: {replicas: 2}
+tracking: {uri: none}
+"""
+
+
+def raycompress(*arguments, **options):
+    return subprocess.Popen(
+        [sys.executable, "-m", "raycompress", *arguments], cwd=ROOT, text=True, **options
+    )
+
+
+def finish(*arguments):
+    done = raycompress(*arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    out, err = done.communicate(timeout=300)
+    assert done.returncode == 0, err
+    return out
+
+
+def wait_for(what, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def keys_and_scores(output):
+    records = [r for r in read_ledger(output / "ledger")]
+    assert len({r["key"] for r in records}) == len(records), "something was evaluated twice"
+    return {r["key"]: r["shards"] for r in records}
+
+
+def num_lines(path):
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def test_killed_driver_continues_and_finds_the_same(tmp_path):
+    (tmp_path / "job.yaml").write_text(JOB)
+    job = str(tmp_path / "job.yaml")
+    whole = tmp_path / "whole"
+    finish("run", job, "--output", str(whole), "--set", "cluster.replicas=1")
+    part = tmp_path / "killed" / "ledger" / "SimulatedAnnealing-macs40.jsonl"
+    counts = []
+    for _ in range(2):
+        before = num_lines(part)
+        driver = raycompress("run", job, "--output", str(tmp_path / "killed"), "--quiet")
+        wait_for(lambda before=before: num_lines(part) >= before + 20)
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+        counts.append(num_lines(part))
+    assert counts[-1] < num_lines(whole / "ledger" / part.name), "killed too late to prove anything"
+    out = finish("run", job, "--output", str(tmp_path / "killed"), "--json")
+    assert keys_and_scores(tmp_path / "killed") == keys_and_scores(whole)
+    result = JobResult.from_json(out)
+    expected = JobResult.from_json((whole / "results/summary.json").read_text())
+    assert result.trials[0].counts == expected.trials[0].counts
+    assert result.trials[0].weights == expected.trials[0].weights
+    assert result.trials[0].replayed >= counts[-1] - 8
+
+
+def test_stopped_job_says_that_it_can_be_continued(tmp_path):
+    (tmp_path / "job.yaml").write_text(JOB)
+    part = tmp_path / "out" / "ledger" / "SimulatedAnnealing-macs40.jsonl"
+    driver = raycompress(
+        *("run", str(tmp_path / "job.yaml"), "--output", str(tmp_path / "out")),
+        stderr=subprocess.PIPE,
+    )
+    wait_for(lambda: num_lines(part) >= 20)
+    driver.send_signal(signal.SIGINT)
+    _, err = driver.communicate(timeout=60)
+    assert driver.returncode == 75
+    assert "the same command continues" in err and "Traceback" not in err
+
+
+@pytest.fixture
+def head(tmp_path):
+    """A local head with its dashboard, in a session of its own so that it alone is stopped."""
+    env = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    ray = str(Path(sys.executable).parent / "ray")
+    process = subprocess.Popen(
+        [ray, "start", "--head", "--block", "--num-cpus=4", "--dashboard-host=127.0.0.1"],
+        env=env,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+    def up():
+        try:
+            urllib.request.urlopen("http://127.0.0.1:8265/api/version", timeout=2).read()
+        except OSError:
+            return False
+        return True
+
+    try:
+        wait_for(up)
+        yield ray, env
+    finally:
+        children = subprocess.run(
+            ["ps", "-o", "pid=", "--sid", str(process.pid)], capture_output=True, text=True
+        ).stdout.split()
+        for pid in children:
+            try:
+                os.kill(int(pid), signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        process.wait()
+
+
+def test_submitted_job_leaves_its_results_outside_of_its_working_dir(tmp_path, head):
+    ray, env = head
+    output = tmp_path / "out"
+    done = subprocess.run(
+        [
+            *(ray, "job", "submit", "--address", "http://127.0.0.1:8265"),
+            *("--working-dir", ".", "--", sys.executable, "-m", "raycompress", "run"),
+            *("jobs/quickstart.yaml", "--output", str(output)),
+            *("--set", "pruners.0.iterations=3", "--set", "model.pretrain.epochs=2"),
+        ],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = JobResult.from_json((output / "results/summary.json").read_text())
+    assert len(result.trials) == 2 and all(trial.budget_met for trial in result.trials)
+    assert (output / "mlflow.db").exists()
+
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium: install the Debian package")
+def test_results_in_a_real_browser(tmp_path):
+    output = tmp_path / "out"
+    finish(
+        *("run", "jobs/quickstart.yaml", "--output", str(output)),
+        *("--set", "cluster.executor=local", "--set", "model.pretrain.epochs=2"),
+    )
+    result = JobResult.from_json((output / "results/summary.json").read_text())
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = raycompress("ui", str(output), "--port", str(port), start_new_session=True)
+    address = f"http://127.0.0.1:{port}"
+
+    def up():
+        try:
+            return urllib.request.urlopen(f"{address}/health", timeout=2).read() == b"OK"
+        except OSError:
+            return False
+
+    def page(fragment, name):
+        command = [
+            *(BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic"),
+            *("--no-first-run", "--disable-background-networking", "--disable-sync"),
+            *("--disable-component-update", "--disable-dev-shm-usage", "--hide-scrollbars"),
+            *(f"--user-data-dir={tmp_path / name}", "--window-size=1400,1000"),
+            "--virtual-time-budget=30000",
+        ]
+        url = f"{address}/#/{fragment}"
+        shot = Path(os.environ.get("RAYCOMPRESS_SCREENSHOTS", tmp_path)) / f"{name}.png"
+        for extra in (f"--screenshot={shot}", "--dump-dom"):
+            dom = subprocess.run(
+                [*command, extra, url], capture_output=True, text=True, timeout=120
+            ).stdout
+        assert shot.stat().st_size > 10_000
+        return dom
+
+    try:
+        wait_for(up)
+        with urllib.request.urlopen(
+            urllib.request.Request(f"{address}/api/2.0/mlflow/runs/get?run_id={result.run_id}")
+        ) as answer:
+            experiment = json.load(answer)["run"]["info"]["experiment_id"]
+        run = f"experiments/{experiment}/runs/{result.run_id}"
+        overview = page(run, "overview")
+        assert "slim/macs" in overview and "dense/score_test" in overview
+        figure = page(f"{run}/artifacts/figures/pareto.png", "figure")
+        assert re.search(r"pareto\.png", figure)
+        child = f"experiments/{experiment}/runs/{result.trials[0].run_id}"
+        assert "best_loss" in page(f"{child}/model-metrics", "curve")
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(timeout=60)
