@@ -147,6 +147,7 @@ def run_job(
         frozen=tuple(
             FrozenLayer(name=f"{each.parameter} (dim {each.dim})", reason=each.reason)
             for each in plan.structure.frozen
+            if each.reason != "positions of a kernel"  # no channels, nothing to tell anyone
         ),
         best=_best(trials),
         device=device,
