@@ -86,6 +86,7 @@ def publish(
     (folder / "summary.json").write_text(result.to_json())
     write_candidates(plan, folder / "candidates.parquet")
     (folder / "report.md").write_text(report_markdown(result))
+    tracker.describe(report_markdown(result))
     figures = _write_figures(result, folder / "figures")
     tracker.log_metrics({f"dense/{k}": v for k, v in _row_metrics(result.dense).items()})
     if best is not None:

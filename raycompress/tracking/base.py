@@ -35,6 +35,9 @@ class Tracker(Protocol):
     def log_artifact(self, path: Path, folder: str = "") -> None:
         """A file or a folder of files."""
 
+    def describe(self, text: str) -> None:
+        """A description in Markdown, that the run's page opens with."""
+
     def log_model(
         self, model: nn.Module, example_inputs: tuple[Any, ...], registered_name: str | None = None
     ) -> str:
@@ -60,6 +63,9 @@ class NoTracker:
         """Nothing."""
 
     def log_artifact(self, path: Path, folder: str = "") -> None:
+        """Nothing."""
+
+    def describe(self, text: str) -> None:
         """Nothing."""
 
     def log_model(

@@ -139,6 +139,10 @@ class MlflowTracker:
         else:
             self._client.log_artifact(self._run_id, str(path), folder or None)
 
+    def describe(self, text: str) -> None:
+        """Shown on the run's page."""
+        self._client.set_tag(self._run_id, "mlflow.note.content", text[:5000])
+
     def log_model(
         self, model: nn.Module, example_inputs: tuple[Any, ...], registered_name: str | None = None
     ) -> str:
