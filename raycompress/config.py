@@ -6,9 +6,11 @@ keys and lines of the file are the loader's business.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from raycompress.criteria import CRITERIA
 from raycompress.errors import ConfigError
 from raycompress.host import Evaluation
 from raycompress.targets import Target
@@ -25,7 +27,7 @@ __all__ = [
 
 
 def _positive(key: str, value: float) -> None:
-    if not value > 0:
+    if not 0 < value < math.inf:
         raise ConfigError(f"{key} must be above 0, got {value:g}")
 
 
@@ -82,12 +84,20 @@ class SensitivityConfig:
     layers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.criterion not in CRITERIA:
+            raise ConfigError(
+                f"sensitivity.criterion must be one of {', '.join(map(repr, CRITERIA))}, "
+                f"got {self.criterion!r}"
+            )
         if not self.sparsities or list(self.sparsities) != sorted(set(self.sparsities)):
             raise ConfigError(
-                f"sensitivity.sparsities must be ascending and not empty, got {self.sparsities}"
+                "sensitivity.sparsities must be ascending and not empty, "
+                f"got {list(self.sparsities)}"
             )
         if not all(0 < s < 1 for s in self.sparsities):
-            raise ConfigError(f"sensitivity.sparsities must be in (0, 1), got {self.sparsities}")
+            raise ConfigError(
+                f"sensitivity.sparsities must be in (0, 1), got {list(self.sparsities)}"
+            )
         if (self.early_stop is None) != (self.early_stop_value is None):
             raise ConfigError("sensitivity.early_stop and early_stop_value go together")
 
@@ -106,7 +116,9 @@ class LatencyConfig:
 
     def __post_init__(self) -> None:
         if not self.batch_sizes or min(self.batch_sizes) < 1:
-            raise ConfigError(f"latency.batch_sizes must be 1 or more, got {self.batch_sizes}")
+            raise ConfigError(
+                f"latency.batch_sizes must be 1 or more, got {list(self.batch_sizes)}"
+            )
         _positive("latency.repeats", self.repeats)
 
 
@@ -139,6 +151,9 @@ class ClusterConfig:
     def __post_init__(self) -> None:
         for name in ("replicas", "cpus", "start_timeout"):
             _positive(f"cluster.{name}", getattr(self, name))
+        for name in ("max_concurrent", "unit_timeout"):
+            if getattr(self, name) is not None:
+                _positive(f"cluster.{name}", getattr(self, name))
         if self.gpus < 0:
             raise ConfigError(f"cluster.gpus must be 0 or more, got {self.gpus:g}")
 
@@ -210,3 +225,5 @@ class JobConfig:
             raise ConfigError("a job needs pruners, or sensitivity, or both")
         if not self.seeds:
             raise ConfigError("seeds must not be empty")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ConfigError(f"seeds must differ, got {list(self.seeds)}")

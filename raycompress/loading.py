@@ -110,17 +110,28 @@ def job_key(config: JobConfig) -> str:
 
 def _job(source: Source) -> JobConfig:
     check = _Check()
-    config = check.build(JobConfig, source.data, ())
-    if isinstance(config, JobConfig):
-        for index, entry in enumerate(config.pruners):
+    data = source.data
+    config = check.build(JobConfig, data, ())
+    # Looked at whether or not the rest is in order, so that all mistakes show at once.
+    for index, entry in enumerate(_mappings(data.get("pruners"))):
+        if entry is not None:
             check.pruner(entry, ("pruners", index))
-        for index, values in enumerate(config.budgets):
+    for index, values in enumerate(_mappings(data.get("budgets"))):
+        if values is not None:
             check.budget(values, ("budgets", index))
-        if not re.fullmatch(r"[\w.]+:[\w.]+", config.task):
-            check.fail(("task",), f"task must be 'package.module:Class', got {shown(config.task)}")
+    task = data.get("task")
+    if isinstance(task, str) and not re.fullmatch(r"[\w.]+:[\w.]+", task):
+        check.fail(("task",), f"task must be 'package.module:Class', got {shown(task)}")
     if check.problems or not isinstance(config, JobConfig):
-        raise ConfigError("\n".join(source.error(p, message) for p, message in check.problems))
+        problems = sorted(check.problems, key=lambda problem: source.line(problem[0]))
+        raise ConfigError("\n".join(source.error(path, message) for path, message in problems))
     return config
+
+
+def _mappings(value: object) -> list[dict[str, Any] | None]:
+    """The mappings in a list, None for other entries, which are a problem already."""
+    items = value if isinstance(value, list) else []
+    return [item if isinstance(item, dict) else None for item in items]
 
 
 class _Check:
@@ -148,11 +159,10 @@ class _Check:
         for name in data:
             if name not in fields:
                 allowed = f"; it has {', '.join(fields)}" if fields else "; it has none"
-                whose = "job" if cls is JobConfig else cls.__name__
+                whose = cls.__name__ if issubclass(cls, Pruner) else key or "a job"
                 self.fail(
                     (*path, name),
-                    f"{dotted((*path, name))} is no key of {_article(whose)}"
-                    f"{near(name, fields, allowed)}",
+                    f"{dotted((*path, name))} is no key of {whose}{near(name, fields, allowed)}",
                 )
         values = {}
         for name, field in fields.items():
@@ -275,10 +285,6 @@ def _relocate(
         inner = (*path, match[1])
         return inner, dotted(inner) + message[match.end() :]
     return path, f"{dotted(path)}: {message}" if path else message
-
-
-def _article(name: str) -> str:
-    return f"an {name}" if name[0] in "AEIOUaeiou" or re.match(r"[LMNS]\d", name) else f"a {name}"
 
 
 @functools.cache

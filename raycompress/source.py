@@ -105,6 +105,11 @@ class Source:
                 return f"{self.name}, line {self._lines[part]}"
         return self.name
 
+    def line(self, path: KeyPath) -> int:
+        """The line of a value, or of the nearest value around it; 0 if there is none."""
+        lines = (self._lines.get(path[:length]) for length in range(len(path), 0, -1))
+        return next((line for line in lines if line is not None), 0)
+
     def error(self, path: KeyPath, message: str) -> str:
         """A message that starts with the place."""
         return f"{self.where(path)}: {message}"
@@ -138,7 +143,7 @@ class Source:
             here = dotted(path[:depth]) or "the job"
             if isinstance(place, list):
                 if not isinstance(part, int) or part >= len(place):
-                    have = f"0 to {len(place) - 1}" if place else "none; give the whole list"
+                    have = f"0 to {len(place) - 1}" if place[1:] else "only 0" if place else "none"
                     raise ConfigError(
                         f"--set {text}: {here} is a list and has no entry {shown(part)} "
                         f"(it has {have})"
@@ -214,6 +219,8 @@ class _Walk:
         if node in self.around:
             raise self.fail(node, f"{dotted(path)} contains itself through an alias")
         self.lines.setdefault(path, node.start_mark.line + 1)
+        if not isinstance(node, yaml.ScalarNode) and not node.tag.endswith((":map", ":seq")):
+            raise self.fail(node, f"{dotted(path)} must be plain data, got {node.tag}")
         if isinstance(node, yaml.MappingNode):
             self.around.append(node)
             result: Any = self.mapping(node, path)

@@ -223,7 +223,7 @@ CASES = {
         [],
         "",
         ["--set", "pruners.3.type=Level"],
-        "--set pruners.3.type=Level: pruners is a list and has no entry 3 (it has 0 to 0)",
+        "--set pruners.3.type=Level: pruners is a list and has no entry 3 (it has only 0)",
     ),
 }
 
