@@ -5,11 +5,9 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +150,7 @@ def _run(plan: Plan, progress: Progress, stack: ExitStack) -> JobResult:
         progress.stage("Publish")
         result = publish(plan, result, tracker, children)
         status = "FINISHED"
-        return replace(result)
+        return result
     except KeyboardInterrupt:
         status = "KILLED"
         raise
@@ -205,7 +203,3 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-if os.getcwd() not in sys.path:
-    sys.path.insert(0, os.getcwd())

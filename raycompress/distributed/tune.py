@@ -251,6 +251,9 @@ def _callback(on_report: OnReport | None, stopped: threading.Event) -> Any:
             # listens with (a tracker, a terminal) can't be pickled.
             return (tune.Callback, ())
 
+        def __deepcopy__(self, memo: dict[int, Any]) -> Reports:
+            return self
+
         def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
             if stopped.is_set():  # the signal may have come before Tune's handler stood
                 os.kill(os.getpid(), signal.SIGUSR1)
