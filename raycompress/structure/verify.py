@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from raycompress.structure.model import Structure
+from raycompress.structure.model import ChannelGroup, Structure
 
 __all__ = ["Verdict", "verify"]
 
@@ -61,12 +61,22 @@ def verify(
     if worst <= tolerance:
         return Verdict("exact", worst)
     groups = structure.groups if structure is not None else ()
-    reasons = tuple(dict.fromkeys(g.reason for g in groups if not g.exact and _lost(masked, slim)))
+    reasons = tuple(
+        dict.fromkeys(g.reason for g in groups if not g.exact and _lost(g, masked, slim))
+    )
     return Verdict("inexact" if reasons else "wrong", worst, reasons)
 
 
-def _lost(masked: nn.Module, slim: nn.Module) -> bool:
-    return sum(p.numel() for p in masked.parameters()) > sum(p.numel() for p in slim.parameters())
+def _lost(group: ChannelGroup, masked: nn.Module, slim: nn.Module) -> bool:
+    """Whether the group lost channels; a norm over channels that are all there explains nothing."""
+    before, after = (
+        dict(model.named_parameters(remove_duplicate=False)) for model in (masked, slim)
+    )
+    return any(
+        before[m.parameter].shape[m.dim] != after[m.parameter].shape[m.dim]
+        for m in group.members
+        if m.parameter in before and m.parameter in after
+    )
 
 
 def _error(expected: Tensor, got: Tensor) -> float:
