@@ -7,14 +7,21 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
-from raycompress.errors import InputError, RaycompressError
+from raycompress import __version__
+from raycompress.errors import ConfigError, InputError, InterruptedJob, RaycompressError
+
+if TYPE_CHECKING:
+    from raycompress.config import JobConfig
+    from raycompress.source import Source
 
 __all__ = ["app", "main"]
 
@@ -49,32 +56,82 @@ def main() -> None:
     app()
 
 
-def _guarded(action: Callable[[], None], debug: bool, source: Path | None = None) -> None:
-    """Runs a command; errors raised on purpose become one message and an exit code."""
+@app.callback(invoke_without_command=True)
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        print(f"raycompress {__version__}")
+        raise typer.Exit
+
+
+def _guarded(action: Callable[[], None], debug: bool) -> None:
+    """Runs a command; errors become one message and an exit code."""
     try:
         action()
     except RaycompressError as error:
         if debug:
             raise
-        console = Console(stderr=True, highlight=False, soft_wrap=True)
-        for line in str(error).splitlines():
-            # What is wrong beyond the file's own text, such as a layer's name, is its too.
-            if isinstance(error, InputError) and source is not None:
-                named = line.startswith(("--set", str(source)))
-                line = line if named else f"{source}: {line}"
-            console.print("[bold red]error:[/] ", end="")
-            console.print(line, markup=False)
+        _show_error(str(error))
         raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        _show_error("stopped; the same command starts again")
+        raise typer.Exit(InterruptedJob.exit_code) from None
+    except Exception as error:
+        # The task's own code, or a bug: what it takes to find it is kept, off the screen.
+        if debug:
+            raise
+        _show_error(_unexpected(error))
+        raise typer.Exit(RaycompressError.exit_code) from None
 
 
-def _load(job: Path, overrides: list[str] | None, output: str | None) -> Any:
-    from raycompress.loading import load_job
+def _show_error(message: str) -> None:
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    for line in message.splitlines():
+        console.print("[bold red]error:[/] ", end="")
+        console.print(line, markup=False)
 
-    extra = [] if output is None else [f"output={output}"]
-    return load_job(job, [*(overrides or []), *extra])
+
+def _unexpected(error: Exception) -> str:
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="raycompress-", suffix=".log", delete=False
+    ) as file:
+        traceback.print_exception(error, file=file)
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if "site-packages" not in f.filename] or list(frames)
+    reason = (str(error).splitlines() or [""])[0]
+    return (
+        f"{type(error).__name__}: {reason} ({own[-1].filename}, line {own[-1].lineno}); "
+        f"the traceback is in {file.name}"
+    )
 
 
-def _run(config: Any, json: bool, quiet: bool) -> None:
+def _with_job(
+    action: Callable[[JobConfig], None],
+    job: Path,
+    overrides: list[str] | None,
+    output: str | None,
+    debug: bool,
+) -> None:
+    """Loads a job and acts on it; what is wrong with it later has its line too."""
+
+    def guarded() -> None:
+        from raycompress.loading import load_source
+
+        config, source = load_source(job, overrides or (), output)
+        try:
+            action(config)
+        except InputError as error:
+            raise _located(error, source) from error
+
+    _guarded(guarded, debug)
+
+
+def _located(error: InputError, source: Source) -> InputError:
+    return type(error)("\n".join(source.located(line) for line in str(error).splitlines()))
+
+
+def _run(config: JobConfig, json: bool, quiet: bool) -> None:
     from raycompress.driver import run
     from raycompress.progress import progress_for
     from raycompress.tracking.report import report_table
@@ -108,7 +165,7 @@ def run(
     debug: Debug = False,
 ) -> None:
     """Run a job; the same command continues one that was stopped."""
-    _guarded(lambda: _run(_load(job, set_, output), json, quiet), debug, job)
+    _with_job(lambda config: _run(config, json, quiet), job, set_, output, debug)
 
 
 @app.command(epilog=EPILOG)
@@ -122,37 +179,40 @@ def sensitivity(
 ) -> None:
     """Run a job's sensitivity analysis alone."""
 
-    def action() -> None:
+    def action(config: JobConfig) -> None:
         from dataclasses import replace
 
         from raycompress.config import SensitivityConfig
 
-        config = _load(job, set_, output)
         config = replace(config, sensitivity=config.sensitivity or SensitivityConfig(), pruners=())
         _run(config, json, quiet)
 
-    _guarded(action, debug, job)
+    _with_job(action, job, set_, output, debug)
 
 
 @app.command(epilog=EPILOG)
 def validate(job: Job, set_: Set = None, output: Output = None, debug: Debug = False) -> None:
     """Check a job and say what it will do; starts nothing."""
 
-    def action() -> None:
+    def action(config: JobConfig) -> None:
         from raycompress.driver import validate as check
 
-        plan = check(_load(job, set_, output))
+        plan = check(config)
         cost = plan.structure.cost()
         print(f"task    {plan.config.task}")
         print(
             f"model   {type(plan.model).__name__}: {cost.params:,} parameters, {cost.macs:,} MACs"
         )
         print(f"groups  {len(plan.structure.groups)} channel groups can be pruned")
+        if plan.sensitivity is not None:
+            sparsities = ", ".join(f"{s:g}" for s in plan.sensitivity.sparsities)
+            print(f"analyse sensitivity at {sparsities}")
         for trial in plan.trials:
-            print(f"trial   {trial.name}")
+            budget = "" if trial.budget is None else f" (keep {trial.budget})"
+            print(f"trial   {trial.name}{budget}")
         print(f"output  {plan.output}")
 
-    _guarded(action, debug, job)
+    _with_job(action, job, set_, output, debug)
 
 
 @app.command(epilog=EPILOG)
@@ -164,7 +224,6 @@ def report(
     """Print the report of a finished job."""
 
     def action() -> None:
-        from raycompress.errors import ConfigError
         from raycompress.results import JobResult
         from raycompress.tracking.report import report_markdown, report_table
 
@@ -209,17 +268,18 @@ def init(
     """Write a commented task and job that run as they are."""
 
     def action() -> None:
-        from raycompress.errors import ConfigError
-
         templates = Path(__file__).parent / "templates"
         targets = {name: folder / name for name in ("task.py", "job.yaml")}
         for path in targets.values():
             if path.exists():
                 raise ConfigError(f"{path} is there already; init overwrites nothing")
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, path in targets.items():
-            path.write_text((templates / f"{name}.txt").read_text())
-            print(f"wrote {path}")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, path in targets.items():
+                path.write_text((templates / f"{name}.txt").read_text())
+                print(f"wrote {path}")
+        except OSError as error:
+            raise ConfigError(f"{folder} can't be written: {error.strerror}") from error
         where = "" if folder == Path(".") else f"cd {folder} && "
         print(f"next:  {where}raycompress run job.yaml")
 

@@ -58,11 +58,13 @@ def load_job(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Job
 
 
 def load_source(
-    path: str | os.PathLike[str], overrides: Sequence[str] = ()
+    path: str | os.PathLike[str], overrides: Sequence[str] = (), output: str | None = None
 ) -> tuple[JobConfig, Source]:
     """`load_job`, with the source as well, which knows the lines of later mistakes."""
     source = Source.read(path)
     source.override(overrides)
+    if output is not None:
+        source.put(("output",), output, "--output")
     return _job(source), source
 
 

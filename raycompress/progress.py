@@ -7,6 +7,7 @@ import time
 from typing import Protocol, TextIO
 
 from rich.console import Console
+from rich.markup import escape
 from rich.status import Status
 
 __all__ = ["PlainProgress", "Progress", "SilentProgress", "TerminalProgress", "progress_for"]
@@ -94,17 +95,18 @@ class TerminalProgress:
         """Ends the stage before it."""
         self._finish()
         self._name, self._start = name, time.monotonic()
-        self._status = self._console.status(name)
+        self._status = self._console.status(escape(name))
         self._status.start()
 
     def step(self, text: str, done: int = 0, total: int | None = None) -> None:
         """Shown beside the spinner."""
         if self._status is not None:
-            self._status.update(f"{self._name}  [dim]{_counted(text, done, total)}[/]")
+            step = escape(_counted(text, done, total))
+            self._status.update(f"{escape(self._name)}  [dim]{step}[/]")
 
     def message(self, text: str) -> None:
         """Stays on the screen."""
-        self._console.print(text, highlight=False)
+        self._console.print(text, highlight=False, markup=False)
 
     def close(self) -> None:
         """Ends the last stage."""
@@ -114,7 +116,9 @@ class TerminalProgress:
         if self._status is not None:
             self._status.stop()
             seconds = time.monotonic() - self._start
-            self._console.print(f"[green]✓[/] {self._name} [dim]{seconds:.1f} s[/]")
+            # `close` also runs while an error passes by, and then the stage isn't done.
+            sign = "[green]✓[/]" if sys.exc_info()[0] is None else "[red]✗[/]"
+            self._console.print(f"{sign} {escape(self._name)} [dim]{seconds:.1f} s[/]")
             self._status = None
 
 

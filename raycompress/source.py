@@ -100,7 +100,7 @@ class Source:
         for length in range(len(path), 0, -1):
             part = path[:length]
             if part in self._overrides:
-                return f"--set {self._overrides[part]}"
+                return self._overrides[part]
             if part in self._lines:
                 return f"{self.name}, line {self._lines[part]}"
         return self.name
@@ -114,6 +114,12 @@ class Source:
         """A message that starts with the place."""
         return f"{self.where(path)}: {message}"
 
+    def located(self, message: str) -> str:
+        """The same for a message that starts with a key, such as `targets.op_names: ...`."""
+        words = re.match(r"[\w.\[\]]*", message)
+        path = _parts(words[0]) if words else ()
+        return self.error(path if path[:1] and path[0] in self.data else (), message)
+
     def override(self, overrides: Sequence[str]) -> None:
         """Applies `key.path=value` texts; values are YAML.
 
@@ -122,10 +128,7 @@ class Source:
         """
         for text in overrides:
             key, equals, value_text = text.partition("=")
-            path: KeyPath = tuple(
-                int(part) if part.isdecimal() else part
-                for part in re.sub(r"\[(\d+)\]", r".\1", key.strip()).split(".")
-            )
+            path = _parts(key.strip())
             if not equals or "" in path:
                 raise ConfigError(
                     f"--set {text}: must be KEY=VALUE, such as cluster.replicas=4 "
@@ -135,9 +138,10 @@ class Source:
                 value = _compose(value_text, f"--set {text}", {})
             except ConfigError as error:
                 raise ConfigError(re.sub(r", line 1(?=[,:])", "", str(error))) from None
-            self._set(path, value, text)
+            self.put(path, value, f"--set {text}")
 
-    def _set(self, path: KeyPath, value: object, text: str) -> None:
+    def put(self, path: KeyPath, value: object, origin: str) -> None:
+        """Sets a value; `origin` stands for its place in messages."""
         place: Any = self.data
         for depth, part in enumerate(path):
             here = dotted(path[:depth]) or "the job"
@@ -145,12 +149,11 @@ class Source:
                 if not isinstance(part, int) or part >= len(place):
                     have = f"0 to {len(place) - 1}" if place[1:] else "only 0" if place else "none"
                     raise ConfigError(
-                        f"--set {text}: {here} is a list and has no entry {shown(part)} "
-                        f"(it has {have})"
+                        f"{origin}: {here} is a list and has no entry {shown(part)} (it has {have})"
                     )
             elif not isinstance(place, dict):
                 raise ConfigError(
-                    f"--set {text}: {here} is {shown(place)}, which has no key {shown(part)}"
+                    f"{origin}: {here} is {shown(place)}, which has no key {shown(part)}"
                 )
             else:
                 part = str(part)
@@ -160,16 +163,15 @@ class Source:
             if isinstance(place, dict) and place.get(part) is None:
                 if isinstance(path[depth + 1], int):
                     raise ConfigError(
-                        f"--set {text}: the job has no {dotted(path[: depth + 1])}; "
-                        "give the whole list"
+                        f"{origin}: the job has no {dotted(path[: depth + 1])}; give the whole list"
                     )
                 place[part] = {}
-                self._overrides[path[: depth + 1]] = text
+                self._overrides[path[: depth + 1]] = origin
             place = place[part]
         for known in (self._lines, self._overrides):
             for stale in [p for p in known if p[: len(path)] == path]:
                 del known[stale]
-        self._overrides[path] = text
+        self._overrides[path] = origin
 
 
 def _compose(text: str, name: str, lines: dict[KeyPath, int]) -> Any:
@@ -199,6 +201,12 @@ def _syntax_error(error: yaml.MarkedYAMLError, name: str) -> str:
     elif error.context and error.context_mark is not None:
         hint = f" ({error.context} that starts in line {error.context_mark.line + 1})"
     return f"{place}: not valid YAML: {problem}{hint}"
+
+
+def _parts(key: str) -> KeyPath:
+    """The inverse of `dotted`; also takes `budgets.0.macs`."""
+    parts = re.sub(r"\[(\d+)\]", r".\1", key).split(".")
+    return tuple(int(part) if part.isdecimal() else part for part in parts)
 
 
 class _Walk:

@@ -25,7 +25,7 @@ def dotted(path: KeyPath) -> str:
 
 def near(name: object, known: Iterable[str], otherwise: str = "") -> str:
     """A hint with known names that are close to a wrong one, else `otherwise`."""
-    close = difflib.get_close_matches(str(name), list(known), 3, 0.6)
+    close = difflib.get_close_matches(str(name), list(dict.fromkeys(known)), 3, 0.6)
     return f"; did you mean {' or '.join(map(repr, close))}?" if close else otherwise
 
 

@@ -53,33 +53,33 @@ CASES = {
         [(TASK, "no_such_module:Task")],
         "",
         [],
-        "FILE: task: no module 'no_such_module' in CWD or among the installed packages",
+        "FILE, line 2: task: no module 'no_such_module' in CWD or among the installed packages",
     ),
     "module that can't be imported": (
         [(TASK, "broken_import:Task")],
         "",
         [],
-        "FILE: task: importing 'broken_import' failed at broken_import.py, line 3: "
+        "FILE, line 2: task: importing 'broken_import' failed at broken_import.py, line 3: "
         "ModuleNotFoundError: No module named 'no_such_library'",
     ),
     "misspelt class": (
         [("ToyTask", "ToyTsk")],
         "",
         [],
-        "FILE: task: module 'raycompress.testing' has no 'ToyTsk'; did you mean 'ToyTask'?",
+        "FILE, line 2: task: module 'raycompress.testing' has no 'ToyTsk'; did you mean 'ToyTask'?",
     ),
     "not a task": (
         [(TASK, "bad_tasks:NotATask")],
         "",
         [],
-        "FILE: task: 'bad_tasks:NotATask' is a class NotATask, and must be a subclass of "
+        "FILE, line 2: task: 'bad_tasks:NotATask' is a class NotATask, and must be a subclass of "
         "raycompress.Task",
     ),
     "task arguments": (
         [],
         "task_args: {depth: 3}\n",
         [],
-        f"FILE: task {TASK} can't be constructed with task_args {{'depth': 3}}: TypeError: "
+        f"FILE, line 2: task {TASK} can't be constructed with task_args {{'depth': 3}}: TypeError: "
         "ToyTask.__init__() got an unexpected keyword argument 'depth'",
     ),
     "budget out of reach": (
@@ -106,25 +106,25 @@ CASES = {
         [],
         "output: bad_tasks.py\n",
         [],
-        "FILE: output CWD/bad_tasks.py can't be made: CWD/bad_tasks.py is a file",
+        "FILE, line 9: output CWD/bad_tasks.py can't be made: CWD/bad_tasks.py is a file",
     ),
     "output is a URI": (
         [],
         "output: s3://bucket/x\n",
         [],
-        "FILE: output must be a folder, got the URI s3://bucket/x",
+        "FILE, line 9: output must be a folder, got the URI s3://bucket/x",
     ),
     "output can't be written": (
         [],
         "output: /proc/raycompress\n",
         [],
-        "FILE: output /proc/raycompress can't be made: No such file or directory",
+        "FILE, line 9: output /proc/raycompress can't be made: No such file or directory",
     ),
     "tracking server not there": (
         [("uri: none", f"uri: '{SERVER}'")],
         "",
         [],
-        "FILE: tracking.uri: no MLflow server answers at http://user:***@127.0.0.1:9 "
+        "FILE, line 8: tracking.uri: no MLflow server answers at http://user:***@127.0.0.1:9 "
         "(Connection refused); start it, or leave tracking.uri out to keep results below the "
         "output",
     ),
@@ -132,8 +132,9 @@ CASES = {
         [("uri: none", "uri: ./mlruns")],
         "",
         [],
-        "FILE: tracking.uri: MLflow keeps no runs in plain folders any more, got './mlruns'; use "
-        "sqlite:///absolute/path/mlflow.db, a server's http address, or leave it out",
+        "FILE, line 8: tracking.uri: MLflow keeps no runs in plain folders any more, got "
+        "'./mlruns'; use sqlite:///absolute/path/mlflow.db, a server's http address, or leave it "
+        "out",
     ),
     "YAML syntax": (
         [],
@@ -153,14 +154,15 @@ CASES = {
         [],
         "targets:\n  - {op_names: [conv9]}\n",
         [],
-        "FILE: targets.op_names: no layer 'conv9'; did you mean 'conv3' or 'conv2' or 'conv1'?",
+        "FILE, line 9: targets.op_names: no layer 'conv9'; did you mean 'conv3' or 'conv2' or "
+        "'conv1'?",
     ),
     "unknown layer type": (
         [],
         "targets:\n  - {op_types: [Conv3d]}\n",
         [],
-        "FILE: targets.op_types: the model has no layer of type 'Conv3d', only Conv2d, Linear; "
-        "did you mean 'Conv2d'?",
+        "FILE, line 9: targets.op_types: the model has no layer of type 'Conv3d', only Conv2d, "
+        "Linear; did you mean 'Conv2d'?",
     ),
     "negative epochs": (
         [],
@@ -191,7 +193,7 @@ CASES = {
         [],
         "model: {weights: nowhere.safetensors}\n",
         [],
-        "FILE: model.weights: no file nowhere.safetensors",
+        "FILE, line 9: model.weights: no file nowhere.safetensors",
     ),
     "neither sparsity nor budget": (
         [(BUDGETS, "")],
@@ -211,6 +213,28 @@ CASES = {
         "",
         [],
         "FILE, line 1: name must be usable as a folder's name, got 'a/b'",
+    ),
+    "several mistakes at once": (
+        [("L1Filter", "L1Filter, sparsty: 1"), ("macs: 50%", "macs: 0%")],
+        "sed: 1\n",
+        [],
+        "FILE, line 4: pruners[0].sparsty is no key of L1Filter; did you mean 'sparsity'?\n"
+        "error: FILE, line 6: budgets[0].macs must be a percentage kept such as 50%, above 0% "
+        "and at most 100%, or a number above 0, got '0%'\n"
+        "error: FILE, line 9: sed is no key of a job; did you mean 'seed' or 'seeds'?",
+    ),
+    "output option is a file": (
+        [],
+        "",
+        ["--output", "bad_tasks.py"],
+        "--output: output CWD/bad_tasks.py can't be made: CWD/bad_tasks.py is a file",
+    ),
+    "override of the task": (
+        [],
+        "",
+        ["--set", "task=bad_tasks:NotTask"],
+        "--set task=bad_tasks:NotTask: task: module 'bad_tasks' has no 'NotTask'; did you mean "
+        "'NotATask' or 'ToyTask'?",
     ),
     "override without a value": (
         [],
