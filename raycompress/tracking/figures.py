@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from raycompress.results import JobResult
+from raycompress.results import JobResult, TrialResult
 
 __all__ = ["allocation_figure", "pareto_figure", "search_figure", "sensitivity_figure"]
 
@@ -14,12 +16,30 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5
 """Okabe and Ito's palette, which colour-blind readers tell apart."""
 
 
+LINES = ("-", "--", ":")
+MARKERS = ("o", "^", "D")
+"""Told apart by these where there are more trials than colours."""
+
+
 def _axes(width: float, height: float, title: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
-    axes.set_title(title, loc="left", fontweight="bold")
+    figure.suptitle(title, x=0.01, ha="left", fontsize="large", fontweight="bold")
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def _labels(sizes: Mapping[str, int]) -> list[str]:
+    """Names without the path that all of them share, each with its size; none too long."""
+    paths = [name.split(".") for name in sizes]
+    shared = 0
+    while len(paths) > 1 and all(
+        len(path) > shared + 1 and path[shared] == paths[0][shared] for path in paths
+    ):
+        shared += 1
+    names = [("…" if shared else "") + ".".join(path[shared:]) for path in paths]
+    names = [n if len(n) <= 48 else f"{n[:23]}…{n[-24:]}" for n in names]
+    return [f"{name} ({num})" for name, num in zip(names, sizes.values(), strict=True)]
 
 
 def sensitivity_figure(result: JobResult) -> Figure:
@@ -30,11 +50,11 @@ def sensitivity_figure(result: JobResult) -> Figure:
     for row, curve in enumerate(curves):
         for sparsity, score in curve.points:
             grid[row, sparsities.index(sparsity)] = score
-    height = 1.6 + 0.3 * len(curves)
+    height = 1.6 + (0.3 if len(curves) <= 25 else 0.17) * len(curves)
     figure, axes = _axes(8, height, f"Sensitivity: {result.score_name} with one group pruned")
     image = axes.imshow(grid, aspect="auto", cmap="viridis")
     axes.set_xticks(range(len(sparsities)), [f"{100 * s:g}%" for s in sparsities])
-    axes.set_yticks(range(len(curves)), [f"{c.group} ({c.num})" for c in curves], fontsize=8)
+    axes.set_yticks(range(len(curves)), _labels({c.group: c.num for c in curves}), fontsize=8)
     axes.set_xlabel("fraction removed")
     if len(curves) <= 25:
         middle = (np.nanmin(grid) + np.nanmax(grid)) / 2
@@ -53,6 +73,8 @@ def allocation_figure(result: JobResult) -> Figure:
     """Fraction of each group that each trial keeps."""
     trials = [trial for trial in result.trials if trial.counts]
     names = list(dict.fromkeys(name for trial in trials for name, _, _ in trial.counts))
+    if len(names) * len(trials) > 60:
+        return _allocation_map(trials, names)
     height = 1.6 + len(names) * max(0.3, 0.14 * len(trials))
     figure, axes = _axes(8, height, "What is kept of each group")
     bar = 0.8 / len(trials)
@@ -63,11 +85,28 @@ def allocation_figure(result: JobResult) -> Figure:
         colour = COLOURS[index % len(COLOURS)]
         axes.barh(places, values, bar * 0.9, color=colour, label=trial.name)
     sizes = {name: num for trial in trials for name, _, num in trial.counts}
-    axes.set_yticks(range(len(names)), [f"{n} ({sizes[n]})" for n in names], fontsize=8)
+    axes.set_yticks(range(len(names)), _labels(sizes), fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
     axes.set_xlabel("fraction kept")
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    return figure
+
+
+def _allocation_map(trials: Sequence[TrialResult], names: Sequence[str]) -> Figure:
+    """The same as a heat map, which stays legible with many groups or trials."""
+    grid = np.full((len(names), len(trials)), np.nan)
+    for column, trial in enumerate(trials):
+        for name, count, num in trial.counts:
+            grid[names.index(name), column] = count / num
+    sizes = {name: num for trial in trials for name, _, num in trial.counts}
+    figure, axes = _axes(8, 2.6 + 0.17 * len(names), "What is kept of each group")
+    image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=0, vmax=1)
+    axes.set_yticks(range(len(names)), _labels(sizes), fontsize=8)
+    places = range(len(trials))
+    labels = [trial.name for trial in trials]
+    axes.set_xticks(places, labels, fontsize=8, rotation=30, ha="right")
+    figure.colorbar(image, ax=axes, label="fraction kept")
     return figure
 
 
@@ -78,11 +117,15 @@ def search_figure(result: JobResult) -> Figure:
         colour = COLOURS[index % len(COLOURS)]
         cost = [step.dfe for step in trial.curve]
         axes.plot(cost, [s.loss for s in trial.curve], ".", color=colour, alpha=0.45)
+        if len(cost) == 1:  # one-shot: a point, not a curve
+            axes.plot(cost, [trial.curve[0].loss], "D", color=colour, label=trial.name)
+            continue
         axes.plot(
             cost,
             [s.best_loss for s in trial.curve],
             color=colour,
             drawstyle="steps-post",
+            linestyle=LINES[index // len(COLOURS) % len(LINES)],
             label=trial.name,
         )
     axes.set_xlabel("cost in dense-forward equivalents")
@@ -98,16 +141,17 @@ def pareto_figure(result: JobResult) -> Figure:
     for index, trial in enumerate(result.trials):
         row = trial.rows[-1]
         x, y = 100 * row.macs / max(result.dense.macs, 1), row.score_validation or 0.0
-        axes.plot(x, y, "o", color=COLOURS[index % len(COLOURS)], label=trial.name, markersize=8)
+        colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index // len(COLOURS) % 3]
+        axes.plot(x, y, marker, color=colour, label=trial.name, markersize=8)
         points.append((x, y))
     dense = (100.0, result.dense.score_validation or 0.0)
     axes.plot(*dense, "s", color="black", label="dense", markersize=8)
     front: list[tuple[float, float]] = []
-    for x, y in sorted([*points, dense]):
+    for x, y in sorted([*points, dense], key=lambda point: (point[0], -point[1])):
         if not front or y > front[-1][1]:
             front.append((x, y))
     axes.plot(*zip(*front, strict=True), color="#999999", linewidth=1, zorder=0, label="front")
     axes.set_xlabel("multiply-adds, % of the dense model")
     axes.set_ylabel(f"{result.score_name} on validation data")
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     return figure

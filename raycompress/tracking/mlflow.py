@@ -5,32 +5,41 @@ An explicit client and no "active run", so that two jobs in one process don't di
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import os
+import posixpath
 import re
 import sqlite3
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # stdout may be JSON
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 import mlflow
+import sqlalchemy
 import torch
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import LoggedModelOutput, Metric, Param
 from mlflow.exceptions import MlflowException
-from torch import nn
+from torch import Tensor, nn
 
-from raycompress.errors import TrackingError
-from raycompress.tracking.address import masked_uri
+from raycompress.errors import RaycompressError, TrackingError
+from raycompress.tracking.address import artifact_place, check, masked, masked_uri
 from raycompress.tracking.base import Status
+from raycompress.tracking.export import batched, check_loaded, digest, outputs_of, portable
 
 __all__ = ["MlflowTracker", "ui_command"]
+
+WEIGHTS_TAG = "raycompress.weights"
 
 for _name in ("mlflow", "alembic"):
     logging.getLogger(_name).setLevel(logging.ERROR)
@@ -45,12 +54,24 @@ class MlflowTracker:
         experiment_id: Where runs are made.
         run_id: The run.
         key: The job's digest, by which its runs are found again.
+        continued: The run was there before and may hold steps.
     """
 
-    def __init__(self, client: Any, uri: str, experiment_id: str, run_id: str, key: str) -> None:
+    def __init__(
+        self,
+        client: Any,
+        uri: str,
+        experiment_id: str,
+        run_id: str,
+        key: str,
+        *,
+        continued: bool = True,
+    ) -> None:
         self._client, self._uri, self._experiment = client, uri, experiment_id
-        self._run_id, self._key = run_id, key
+        self._run_id, self._key, self._continued = run_id, key, continued
         self._steps: dict[str, int] = {}
+        self._children: dict[str, MlflowTracker] = {}
+        self._open = True
 
     @staticmethod
     def start(
@@ -61,28 +82,30 @@ class MlflowTracker:
         Raises:
             TrackingError: The store can't be used.
         """
-        address = uri if uri is not None else f"sqlite:///{output}/mlflow.db"
+        address = uri if uri is not None else f"sqlite:///{output.absolute()}/mlflow.db"
         name = experiment if experiment is not None else job_name
-        try:
-            client = mlflow.MlflowClient(tracking_uri=address)
+        check(address)
+        with _guard(address), _impatient():
+            _try_database(address)
+            client = mlflow.MlflowClient(tracking_uri=address, registry_uri=address)
             found = client.get_experiment_by_name(name)
+            if found is not None and found.lifecycle_stage != "active":
+                raise TrackingError(
+                    f"MLflow at {masked_uri(address)}: experiment {name!r} is deleted; restore it "
+                    f"(mlflow experiments restore -x {found.experiment_id}) or set "
+                    "tracking.experiment to another name"
+                )
             if found is not None:
                 experiment_id = found.experiment_id
             else:
-                place = (output / "artifacts").absolute().as_uri() if uri is None else None
+                place = artifact_place(address, output)
                 experiment_id = client.create_experiment(name, artifact_location=place)
             if uri is None:
-                with sqlite3.connect(output / "mlflow.db") as database:
+                with closing(sqlite3.connect(output / "mlflow.db")) as database:
                     database.execute("PRAGMA journal_mode=WAL")
-                database.close()
-            run_id = _find_or_make(
-                client, experiment_id, job_name, {"raycompress.job": job_key}, "raycompress.trial"
-            )
-        except MlflowException as error:
-            raise TrackingError(
-                f"MLflow at {masked_uri(address)} can't be used: {str(error).splitlines()[0]}"
-            ) from error
-        return MlflowTracker(client, address, experiment_id, run_id, job_key)
+            tags = {"raycompress.job": job_key}
+            run_id, old = _find_or_make(client, experiment_id, job_name, tags, "raycompress.trial")
+        return MlflowTracker(client, address, experiment_id, run_id, job_key, continued=old)
 
     @property
     def run_id(self) -> str:
@@ -91,136 +114,247 @@ class MlflowTracker:
 
     def child(self, name: str) -> MlflowTracker:
         """The child run of a trial."""
-        tags = {
-            "raycompress.job": self._key,
-            "raycompress.trial": name,
-            "mlflow.parentRunId": self._run_id,
-        }
-        run_id = _find_or_make(self._client, self._experiment, name, tags, None)
-        return MlflowTracker(self._client, self._uri, self._experiment, run_id, self._key)
+        if name not in self._children:
+            tags = {
+                "raycompress.job": self._key,
+                "raycompress.trial": name,
+                "mlflow.parentRunId": self._run_id,
+            }
+            with _guard(self._uri):
+                run_id, old = _find_or_make(self._client, self._experiment, name, tags, None)
+            self._children[name] = MlflowTracker(
+                self._client, self._uri, self._experiment, run_id, self._key, continued=old
+            )
+        return self._children[name]
 
     def log_params(self, params: Mapping[str, str | int | float | bool | None]) -> None:
         """Settings; a value that the run has already stays."""
-        known = self._client.get_run(self._run_id).data.params
-        new = [
-            Param(_clean(name), str(value)[:6000])
-            for name, value in params.items()
-            if _clean(name) not in known
-        ]
-        self._client.log_batch(self._run_id, params=new)
+        with _guard(self._uri):
+            known = self._client.get_run(self._run_id).data.params
+            new = [
+                Param(_clean(name), str(value)[:6000])
+                for name, value in params.items()
+                if _clean(name) not in known
+            ]
+            for start in range(0, len(new), 100):
+                self._client.log_batch(self._run_id, params=new[start : start + 100])
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Finite figures; a step that the run holds already is left out."""
-        if step is not None and step <= self._last_step(next(iter(metrics), "")):
-            return
-        now = int(time.time() * 1000)
-        batch = [
-            Metric(_clean(name), float(value), now, step or 0)
-            for name, value in metrics.items()
-            if math.isfinite(value)
-        ]
-        for start in range(0, len(batch), 1000):
-            self._client.log_batch(self._run_id, metrics=batch[start : start + 1000])
+        with _guard(self._uri):
+            now = int(time.time() * 1000)
+            batch = [
+                Metric(_clean(name), float(value), now, step or 0)
+                for name, value in metrics.items()
+                # MLflow would store infinity as 1.8e308 and spoil the chart.
+                if math.isfinite(value) and (step is None or step > self._last_step(_clean(name)))
+            ]
+            for start in range(0, len(batch), 1000):
+                self._client.log_batch(self._run_id, metrics=batch[start : start + 1000])
         if step is not None:
-            for name in metrics:
-                self._steps[_clean(name)] = step
+            self._steps |= {metric.key: step for metric in batch}
 
     def _last_step(self, name: str) -> int:
-        name = _clean(name)
         if name not in self._steps:
-            history = self._client.get_metric_history(self._run_id, name) if name else []
+            history = self._client.get_metric_history(self._run_id, name) if self._continued else []
             self._steps[name] = max((metric.step for metric in history), default=-1)
         return self._steps[name]
 
     def log_artifact(self, path: Path, folder: str = "") -> None:
         """A file or a folder of files."""
-        if path.is_dir():
-            self._client.log_artifacts(self._run_id, str(path), folder or None)
-        else:
-            self._client.log_artifact(self._run_id, str(path), folder or None)
+        log = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
+        with _guard(self._uri):
+            log(self._run_id, str(path), folder or None)
 
     def describe(self, text: str) -> None:
         """Shown on the run's page."""
-        self._client.set_tag(self._run_id, "mlflow.note.content", text[:5000])
+        with _guard(self._uri):
+            self._client.set_tag(self._run_id, "mlflow.note.content", text[:5000])
 
     def log_model(
         self, model: nn.Module, example_inputs: tuple[Any, ...], registered_name: str | None = None
     ) -> str:
-        """An exported program with a free batch size, as an MLflow model.
+        """An exported program with a free batch size, as an MLflow model, loaded and compared.
 
-        MLflow's own flavour takes one input; a model of several is kept as a `.pt2` artifact.
+        The same weights are kept and registered once for each run.
+
+        Raises:
+            RaycompressError: torch.export can't export the model.
+            VerificationError: What is loaded isn't what was kept.
         """
-        model = model.cpu().eval()
-        if len(example_inputs) == 1 and isinstance(example_inputs[0], torch.Tensor):
-            with torch.inference_mode():
-                output = model(*example_inputs)
-            if isinstance(output, torch.Tensor):
-                return self._log_mlflow_model(model, example_inputs[0], output, registered_name)
+        model = portable(model)
+        inputs = batched(example_inputs, max(2, *(len(v) for v in example_inputs)))
+        weights = digest(model)
+        with _guard(self._uri):
+            model_id = self._kept(weights) or self._keep(model, inputs, weights)
+            if registered_name is not None:
+                self._register(model_id, registered_name)
+        return f"models:/{model_id}"
+
+    def _kept(self, weights: str) -> str | None:
+        outputs = self._client.get_run(self._run_id).outputs
+        for output in outputs.model_outputs if outputs is not None else ():
+            logged = self._client.get_logged_model(output.model_id)
+            if logged.tags.get(WEIGHTS_TAG) == weights and logged.status == "READY":
+                return str(output.model_id)
+        return None
+
+    def _keep(self, model: nn.Module, inputs: tuple[Tensor, ...], weights: str) -> str:
+        import mlflow.artifacts
+        import mlflow.pytorch
+
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            path = Path(folder) / "model.pt2"
-            torch.export.save(torch.export.export(model, example_inputs), path)
-            self.log_artifact(path, "model")
-        return f"runs:/{self._run_id}/model/model.pt2"
-
-    def _log_mlflow_model(
-        self,
-        model: nn.Module,
-        example: torch.Tensor,
-        output: torch.Tensor,
-        registered_name: str | None,
-    ) -> str:
-        import mlflow.pytorch
-        from mlflow.models import infer_signature
-
-        signature = infer_signature(example.numpy(), output.numpy())
-        before = mlflow.get_tracking_uri()
-        version = torch.__version__.split("+")[0]
-        mlflow.set_tracking_uri(self._uri)
-        try:
-            with warnings.catch_warnings(), mlflow.start_run(run_id=self._run_id, nested=True):
-                warnings.simplefilter("ignore")
-                logged = mlflow.pytorch.log_model(
-                    model,
-                    name="model",
-                    signature=signature,
-                    input_example=example.numpy(),
-                    pip_requirements=[f"torch=={version}", f"mlflow=={mlflow.__version__}"],
-                    registered_model_name=registered_name,
+            logged = self._client.create_logged_model(
+                self._experiment, "model", self._run_id, tags={WEIGHTS_TAG: weights}
+            )
+            status = "FAILED"
+            try:
+                _save(model, inputs, Path(folder) / "model", self._run_id, logged.model_id)
+                self._client.log_model_artifacts(logged.model_id, str(Path(folder) / "model"))
+                back = mlflow.artifacts.download_artifacts(
+                    logged.artifact_location,
+                    dst_path=tempfile.mkdtemp(dir=folder),
+                    tracking_uri=self._uri,
                 )
-        finally:
-            mlflow.set_tracking_uri(before)
-        return str(logged.model_uri)
+                check_loaded(model, mlflow.pytorch.load_model(back), inputs)
+                status = "READY"
+            finally:
+                self._client.finalize_logged_model(logged.model_id, status)
+        self._client.log_outputs(self._run_id, [LoggedModelOutput(logged.model_id, step=0)])
+        return str(logged.model_id)
+
+    def _register(self, model_id: str, name: str) -> None:
+        try:
+            self._client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        # Its place, not "models:/...", which MLflow would look up in the process-wide store.
+        source = self._client.get_logged_model(model_id).artifact_location
+        versions = self._client.search_model_versions(f"name='{name}' and run_id='{self._run_id}'")
+        if not any(v.source == source for v in versions):
+            self._client.create_model_version(name, source, self._run_id, model_id=model_id)
 
     def finish(self, status: Status) -> None:
-        """Ends the run."""
-        self._client.set_terminated(self._run_id, status)
+        """Ends the run, and the children that are still open, in the same state."""
+        for child in self._children.values():
+            if child._open:
+                child.finish(status)
+        with _guard(self._uri):
+            self._client.set_terminated(self._run_id, status)
+        self._open = False
+
+
+def _save(
+    model: nn.Module, inputs: tuple[Tensor, ...], folder: Path, run_id: str, model_id: str
+) -> None:
+    import mlflow.models
+    import mlflow.pytorch
+    from mlflow.types import Schema, TensorSpec
+
+    def schema(values: list[Tensor] | tuple[Tensor, ...]) -> Any:
+        names = [None] if len(values) == 1 else [str(i) for i in range(len(values))]
+        return Schema(
+            [
+                TensorSpec(v.numpy().dtype, (-1, *v.shape[1:]), name)
+                for v, name in zip(values, names, strict=True)
+            ]
+        )
+
+    outputs = outputs_of(model, inputs)
+    described = bool(outputs) and all(o.dim() and o.dtype != torch.bfloat16 for o in outputs)
+    try:
+        mlflow.pytorch.save_model(
+            model,
+            str(folder),
+            mlflow_model=mlflow.models.Model(run_id=run_id, model_id=model_id),
+            signature=mlflow.models.ModelSignature(
+                schema(inputs), schema(outputs) if described else None
+            ),
+            input_example=inputs[0].numpy() if len(inputs) == 1 else inputs,
+            pip_requirements=[
+                f"torch=={torch.__version__.split('+')[0]}",
+                f"mlflow=={mlflow.__version__}",
+            ],
+            serialization_format="pt2",
+        )
+    except MlflowException:
+        raise
+    except Exception as error:  # torch.export raises whatever the model's own code raises
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RaycompressError(
+            f"torch.export can't export {type(model).__name__}, so that MLflow can't keep it: "
+            f"{type(error).__name__}: {reason}"
+        ) from error
+
+
+@contextmanager
+def _guard(uri: str) -> Iterator[None]:
+    """Turns what goes wrong in the store into a TrackingError that shows no password."""
+    try:
+        yield
+    except ImportError as error:
+        raise TrackingError(
+            f"MLflow at {masked_uri(uri)} needs a package that isn't installed: {error}"
+        ) from error
+    except (MlflowException, sqlalchemy.exc.SQLAlchemyError, OSError) as error:
+        raise TrackingError(
+            f"MLflow at {masked_uri(uri)} can't be used: {masked(str(error), uri)}"
+        ) from None
+
+
+@contextmanager
+def _impatient() -> Iterator[None]:
+    """One retry and short timeouts, where the user didn't set MLflow's variables."""
+    ours = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+    ours = {name: value for name, value in ours.items() if name not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name in ours:
+            os.environ.pop(name, None)
+
+
+def _try_database(uri: str) -> None:
+    """Connects once; MLflow itself would try ten times, over minutes."""
+    if uri.split(":")[0].split("+")[0] in ("postgresql", "mysql", "mssql"):
+        engine = sqlalchemy.create_engine(uri)
+        engine.connect().close()
+        engine.dispose()
 
 
 def _find_or_make(
     client: Any, experiment: str, name: str, tags: Mapping[str, str], without: str | None
-) -> str:
-    """The run that has all the tags (and lacks one), made if there is none."""
+) -> tuple[str, bool]:
+    """The run that has all the tags (and lacks one), and whether it was there before."""
     query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
     for run in client.search_runs([experiment], query):
         if without is None or without not in run.data.tags:
             client.update_run(run.info.run_id, status="RUNNING")
-            return str(run.info.run_id)
-    run = client.create_run(experiment, run_name=name)
-    client.log_batch(run.info.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
-    return str(run.info.run_id)
+            return str(run.info.run_id), True
+    run = client.create_run(experiment, run_name=name, tags=dict(tags))
+    return str(run.info.run_id), False
 
 
 def _clean(name: str) -> str:
-    """A name that MLflow takes."""
-    return re.sub(r"[^\w\-. :/]", "_", name)
+    """A name that MLflow takes; what had to be cut is told apart by a digest."""
+    clean = re.sub(r"[^\w\-. :/]", "_", name)
+    clean = posixpath.normpath("/" + clean).lstrip("/") or "_"
+    if len(clean) > 250:
+        clean = f"{clean[:240]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return clean
 
 
 def ui_command(output: Path, port: int = 5000) -> tuple[list[str], dict[str, str]]:
     """The command that opens MLflow's UI on loopback for an output folder, and its environment."""
     database = output / "mlflow.db"
     if not database.exists():
-        raise TrackingError(f"{output} holds no MLflow store; is it the output of a job?")
+        raise TrackingError(
+            f"{output} holds no MLflow store; it isn't the output of a job, or the job keeps its "
+            "results elsewhere (tracking.uri)"
+        )
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
     command += ["--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", f"sqlite:///{database}"]
