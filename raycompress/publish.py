@@ -15,7 +15,7 @@ from raycompress.finish import final_model
 from raycompress.ledger import read_ledger
 from raycompress.plan import Plan
 from raycompress.results import JobResult, TrialResult
-from raycompress.tracking.address import check
+from raycompress.tracking.address import check, masked_uri
 from raycompress.tracking.base import NoTracker, Tracker
 from raycompress.tracking.figures import (
     allocation_figure,
@@ -79,7 +79,7 @@ def publish(
     result = replace(
         result,
         trials=tuple(trials),
-        tracking_uri=uri,
+        tracking_uri=masked_uri(uri),
         run_id=tracker.run_id,
         model_uri="" if best is None else best.model,
     )
