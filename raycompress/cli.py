@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,6 +16,7 @@ from rich.console import Console
 
 from raycompress import __version__
 from raycompress.errors import ConfigError, InputError, InterruptedJob, RaycompressError
+from raycompress.terminal import nothing_on_stdout, show_error, unexpected
 
 if TYPE_CHECKING:
     from raycompress.config import JobConfig
@@ -72,38 +71,17 @@ def _guarded(action: Callable[[], None], debug: bool) -> None:
     except RaycompressError as error:
         if debug:
             raise
-        _show_error(str(error))
+        show_error(str(error))
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
-        _show_error("stopped; the same command starts again")
+        show_error("stopped; the same command starts again")
         raise typer.Exit(InterruptedJob.exit_code) from None
     except Exception as error:
         # The task's own code, or a bug: what it takes to find it is kept, off the screen.
         if debug:
             raise
-        _show_error(_unexpected(error))
+        show_error(unexpected(error))
         raise typer.Exit(RaycompressError.exit_code) from None
-
-
-def _show_error(message: str) -> None:
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    for line in message.splitlines():
-        console.print("[bold red]error:[/] ", end="")
-        console.print(line, markup=False)
-
-
-def _unexpected(error: Exception) -> str:
-    with tempfile.NamedTemporaryFile(
-        "w", prefix="raycompress-", suffix=".log", delete=False
-    ) as file:
-        traceback.print_exception(error, file=file)
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if "site-packages" not in f.filename] or list(frames)
-    reason = (str(error).splitlines() or [""])[0]
-    return (
-        f"{type(error).__name__}: {reason} ({own[-1].filename}, line {own[-1].lineno}); "
-        f"the traceback is in {file.name}"
-    )
 
 
 def _with_job(
@@ -136,7 +114,9 @@ def _run(config: JobConfig, json: bool, quiet: bool) -> None:
     from raycompress.progress import progress_for
     from raycompress.tracking.report import report_table
 
-    result = run(config, progress=progress_for(quiet))
+    progress = progress_for(quiet)
+    with nothing_on_stdout():
+        result = run(config, progress=progress)
     console = Console(stderr=json, width=None if sys.stdout.isatty() else 200)
     console.print(report_table(result))
     for trial in result.trials:

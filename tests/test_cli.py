@@ -93,6 +93,27 @@ def test_unexpected_errors_keep_their_traceback_off_the_screen(job, monkeypatch,
     assert isinstance(raised, ZeroDivisionError)
 
 
+TALKATIVE = """\
+import os
+from raycompress.testing import ToyTask
+class Talkative(ToyTask):
+    def build_model(self):
+        print("from Python")
+        os.system("echo from below")
+        return super().build_model()
+"""
+
+
+def test_what_others_print_is_not_on_stdout(job, tmp_path):
+    (tmp_path / "talkative.py").write_text(TALKATIVE)
+    command = [sys.executable, "-m", "raycompress", "run", *job, "--json"]
+    done = subprocess.run(
+        [*command, "--set", "task=talkative:Talkative"], capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout)["name"] == "small"
+    assert "from Python" in done.stderr and "from below" in done.stderr
+
+
 def test_json_is_alone_on_stdout(job):
     done = CliRunner().invoke(app, ["run", *job, "--json", "--set", "name=other"])
     assert done.exit_code == 0, done.output

@@ -1,0 +1,54 @@
+"""What the command line does with its two streams."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+
+from rich.console import Console
+
+__all__ = ["nothing_on_stdout", "show_error", "unexpected"]
+
+
+def show_error(message: str) -> None:
+    """Prints an error to stderr, each of its lines as one."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    for line in message.splitlines():
+        console.print("[bold red]error:[/] ", end="")
+        console.print(line, markup=False)
+
+
+def unexpected(error: Exception) -> str:
+    """One line on an error that nobody raised on purpose; its traceback goes to a file."""
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="raycompress-", suffix=".log", delete=False
+    ) as file:
+        traceback.print_exception(error, file=file)
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if "site-packages" not in f.filename] or list(frames)
+    reason = (str(error).splitlines() or [""])[0]
+    return (
+        f"{type(error).__name__}: {reason} ({own[-1].filename}, line {own[-1].lineno}); "
+        f"the traceback is in {file.name}"
+    )
+
+
+@contextmanager
+def nothing_on_stdout() -> Iterator[None]:
+    """Sends to stderr what others print, such as Ray, its workers and the task.
+
+    Also below Python, so that stdout holds the result and nothing else.
+    """
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
