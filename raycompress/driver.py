@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from raycompress.plan import Plan, prepare
 from raycompress.progress import Progress, SilentProgress
 from raycompress.publish import check_tracking, open_tracker, publish
 from raycompress.results import JobResult
+from raycompress.tracking.address import masked_uri
 from raycompress.trial import Shared
 
 __all__ = ["RayBackend", "run", "validate"]
@@ -128,7 +130,7 @@ def run(
 
 def _run(plan: Plan, progress: Progress, stack: ExitStack) -> JobResult:
     config = plan.config
-    (plan.output / "job.yaml").write_text(dump_job(config))
+    (plan.output / "job.yaml").write_text(dump_job(_without_password(config)))
     progress.stage("Open the tracking store")
     tracker = open_tracker(plan, job_key(config))
     status = "FAILED"
@@ -164,6 +166,14 @@ def _config(job: JobConfig | Mapping[str, Any] | str | Path) -> JobConfig:
     if isinstance(job, str | Path):
         return load_job(job)
     return parse_job(job)
+
+
+def _without_password(config: JobConfig) -> JobConfig:
+    """The job as it is kept and logged."""
+    uri = config.tracking.uri
+    if uri is None:
+        return config
+    return replace(config, tracking=replace(config.tracking, uri=masked_uri(uri)))
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import pyarrow
 import pyarrow.parquet
 
 from raycompress.config import JobConfig
+from raycompress.errors import RaycompressError, VerificationError
 from raycompress.finish import final_model
 from raycompress.ledger import read_ledger
 from raycompress.plan import Plan
@@ -65,11 +66,19 @@ def publish(
     uri = "" if tracking.uri == "none" else (tracking.uri or f"sqlite:///{plan.output}/mlflow.db")
     store = WeightStore(plan.output / "weights")
     trials = []
+    notes = list(result.notes)
     for trial in result.trials:
         child = children[trial.name]
         model = final_model(plan, store.get(trial.weights))
         registered = tracking.registered_model if trial.name == result.best else None
-        address = child.log_model(model, plan.task.example_inputs(), registered)
+        try:
+            address = child.log_model(model, plan.task.example_inputs(), registered)
+        except VerificationError:
+            raise
+        except RaycompressError as error:
+            # All else of the trial is sound: the weights are in the store, and the reason is told.
+            address = ""
+            notes.append(f"{trial.name}: no exported model: {error}")
         child.log_artifact(folder / trial.name)
         child.log_params({"pruner": trial.pruner, "budget": trial.budget, "seed": trial.seed})
         child.log_metrics(_metrics(trial))
@@ -79,6 +88,7 @@ def publish(
     result = replace(
         result,
         trials=tuple(trials),
+        notes=tuple(notes),
         tracking_uri=masked_uri(uri),
         run_id=tracker.run_id,
         model_uri="" if best is None else best.model,
