@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from raycompress.analysis.sensitivity import Sensitivity
 from raycompress.budget import Budget
 from raycompress.config import JobConfig
-from raycompress.errors import ConfigError, TaskError
+from raycompress.errors import ConfigError, RaycompressError, TaskError
 from raycompress.importing import resolve
 from raycompress.loading import build_pruner
 from raycompress.pruning.pruner import Problem, Pruner
@@ -95,7 +95,14 @@ def prepare(config: JobConfig) -> Plan:
     task = build_task(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = task.build_model()
+        try:
+            model = task.build_model()
+        except RaycompressError:
+            raise
+        except Exception as error:
+            raise TaskError(
+                f"task {config.task}: build_model failed: {type(error).__name__}: {error}"
+            ) from error
     check_task(task, model)
     model.eval()
     if config.model.weights is not None:

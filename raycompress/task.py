@@ -249,7 +249,14 @@ def check_task(task: Task, model: nn.Module | None = None) -> nn.Module:
         )
     batch = None
     for split in SPLITS:
-        data = task.dataset(split)  # type: ignore[arg-type]
+        try:
+            data = task.dataset(split)  # type: ignore[arg-type]
+        except TaskError:
+            raise
+        except Exception as error:
+            raise TaskError(
+                f"{name}.dataset({split!r}) failed: {type(error).__name__}: {error}"
+            ) from error
         if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
             raise TaskError(
                 f"{name}.dataset({split!r}) must be map-style (len() and [i]), "

@@ -48,6 +48,10 @@ def broken(**methods):
             "Broken.dataset('train') is empty",
         ),
         (
+            broken(dataset=lambda self, split: open("/nowhere/images.idx")),
+            "Broken.dataset('train') failed: FileNotFoundError: [Errno 2] No such file",
+        ),
+        (
             broken(dataset=lambda self, split: iter([1])),
             "Broken.dataset('train') must be map-style",
         ),
