@@ -14,7 +14,7 @@ from torch import nn
 
 from raycompress.errors import EvaluationError, VerificationError
 from raycompress.executor import LedgerExecutor
-from raycompress.masks import Masks, masked_copy, save_masks
+from raycompress.masks import Masks, masked_copy, save_masks, weight_masks
 from raycompress.plan import Plan, TrialPlan
 from raycompress.results import Latency, Limit, ModelRow, SearchStep, TrialResult, Verification
 from raycompress.search import Candidate, Training
@@ -55,7 +55,7 @@ class Measured:
         )
 
 
-def measure_dense(plan: Plan, pool: LedgerExecutor, store: WeightStore, weights: str) -> Measured:
+def measure_dense(plan: Plan, pool: LedgerExecutor, weights: str) -> Measured:
     """Scores, sizes and cost of the dense model."""
     macs = plan.structure.cost().macs
     return _measure("dense", Candidate(weights), plan.model, macs, pool)
@@ -67,7 +67,6 @@ def finish_trial(
     found: Mapping[str, Any],
     pool: LedgerExecutor,
     store: WeightStore,
-    weights: str,
     dense: Measured,
 ) -> TrialResult:
     """Recovers, shrinks, verifies and measures a trial's winner, and saves it.
@@ -78,7 +77,6 @@ def finish_trial(
         found: The trial's result.
         pool: Trains, scores and times.
         store: Holds the weights.
-        weights: Digest of the dense weights.
         dense: To compare with.
 
     Raises:
@@ -123,7 +121,8 @@ def finish_trial(
             _measure("slim", final, small, cost.macs, pool),
         ]
     else:
-        masks = _weight_masks(plan, winner, pool)
+        ranked = pool.rankings[winner.ranking].kept(winner.counts) if winner.kept else {}
+        masks = weight_masks(plan.model, ranked)
         verification, kept = None, {}
         rows = [_measure("masked", final, small, plan.structure.cost().macs, pool)]
     save_masks(masks, folder / "masks.safetensors")
@@ -231,18 +230,6 @@ def _counts(
     return tuple(
         (name, winner.counts.get(name, len(order)), len(order)) for name, order in orders.items()
     )
-
-
-def _weight_masks(plan: Plan, winner: Candidate, pool: LedgerExecutor) -> Masks:
-    if not winner.kept:
-        return {}
-    shapes = dict(plan.model.named_parameters())
-    masks = {}
-    for name, indices in pool.rankings[winner.ranking].kept(winner.counts).items():
-        mask = torch.zeros(shapes[name].numel(), dtype=torch.bool)
-        mask[indices] = True
-        masks[name] = mask.view(shapes[name].shape)
-    return masks
 
 
 def _groups(plan: Plan, winner: Candidate, kept: Mapping[str, list[int]]) -> dict[str, Any]:

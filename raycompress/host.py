@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from raycompress.errors import TaskError
-from raycompress.masks import Masks, hold, masked_copy
+from raycompress.masks import Masks, hold, masked_copy, weight_masks
 from raycompress.recalibration import recalibrate
 from raycompress.search import Candidate, Ranking, Shard, Training
 from raycompress.structure import Structure, slim
@@ -276,13 +276,8 @@ class ModelHost:
     def masks(self, candidate: Candidate) -> Masks:
         """Complete masks of a candidate over the dense model."""
         if candidate.kept and self._ranking(candidate).kind == "weights":
-            shapes = dict(self._base.named_parameters())
-            masks = {}
-            for name, indices in self._ranking(candidate).kept(candidate.counts).items():
-                mask = torch.zeros(shapes[name].numel(), dtype=torch.bool)
-                mask[indices] = True
-                masks[name] = mask.view(shapes[name].shape)
-            return masks
+            kept = self._ranking(candidate).kept(candidate.counts)
+            return weight_masks(self._base, kept)
         return self.structure.masks(self.kept(candidate))
 
     def build(self, candidate: Candidate) -> nn.Module:

@@ -127,13 +127,11 @@ def run_job(
     found = _compress(job, weights, report)
     with job.pool() as pool:
         progress.stage("Measure the dense model")
-        dense = measure_dense(plan, pool, job.store, weights)
+        dense = measure_dense(plan, pool, weights)
         trials: list[TrialResult] = []
         for trial in plan.trials:
             progress.stage(f"Recover, shrink, verify and measure {trial.name}")
-            trials.append(
-                finish_trial(plan, trial, found[trial.name], pool, job.store, weights, dense)
-            )
+            trials.append(finish_trial(plan, trial, found[trial.name], pool, job.store, dense))
         dfe += pool.dfe + sum(found[trial.name]["dfe"] for trial in plan.trials)
         device = pool.info.numeric_class
     result = JobResult(

@@ -20,7 +20,16 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from raycompress.errors import StructureError
 
-__all__ = ["Masks", "hold", "load_masks", "masked_copy", "num_kept", "prune_order", "save_masks"]
+__all__ = [
+    "Masks",
+    "hold",
+    "load_masks",
+    "masked_copy",
+    "num_kept",
+    "prune_order",
+    "save_masks",
+    "weight_masks",
+]
 
 Masks = dict[str, Tensor]
 
@@ -115,6 +124,17 @@ def hold(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[nn.Module]:
         yield model
     finally:
         handle.remove()
+
+
+def weight_masks(model: nn.Module, kept: Mapping[str, Tensor]) -> Masks:
+    """Masks of single weights: for each parameter name, the flat indices that stay."""
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    masks = {}
+    for name, indices in kept.items():
+        mask = torch.zeros(shapes[name].numel(), dtype=torch.bool)
+        mask[indices] = True
+        masks[name] = mask.view(shapes[name])
+    return masks
 
 
 def save_masks(masks: Mapping[str, Tensor], path: str | Path) -> None:
