@@ -68,11 +68,11 @@ class Sizes:
             key = tuple(sorted(s for s in sizes if s)) + (0,) * sizes.count(0)
             key += (0,) * (width - len(key))
             merged.setdefault(key, [0, 0, 0])[kind] += coefficient
-            if kind < 2:
-                layered.setdefault((module, key), [0, 0])[kind] += coefficient
+            layered.setdefault((module, key), [0, 0, 0])[kind] += coefficient
         called = [m for m in seen.called if any(k[0] == m for k in layered)]
         names = tuple(dict.fromkeys([*called, *(k[0] for k in layered)]))
         place = {n: i for i, n in enumerate(names)}
+        outputs = {n: tuple(self.of(*seen.outputs[n])) for n in names if n in seen.outputs}
         forms = list(self._forms)
         groups = self._pools.groups
         slope = np.zeros((len(forms), len(groups)), dtype=np.int64)
@@ -88,7 +88,8 @@ class Sizes:
             coefficients=np.array(list(merged.values()), dtype=np.int64).reshape(-1, 3).T,
             batch=seen.batch,
             layers=names,
+            outputs=outputs,
             owner=np.array([place[m] for m, _ in layered], dtype=np.int64),
             layer_factors=np.array([k for _, k in layered], dtype=np.int64).reshape(-1, width),
-            layer_coefficients=np.array(list(layered.values()), dtype=np.int64).reshape(-1, 2).T,
+            layer_coefficients=np.array(list(layered.values()), dtype=np.int64).reshape(-1, 3).T,
         )

@@ -39,12 +39,23 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One row of the table; `macs` for one example."""
+    """One row of the table: what a module itself holds and computes, without its children.
+
+    Attributes:
+        name: of the module.
+        type: its class name.
+        params: parameters, tied ones at their first name.
+        macs: multiply-adds for one example.
+        activation_bytes: bytes that its operators write for one example.
+        output: shape of the first tensor that it returned, with the traced batch size; () if none.
+    """
 
     name: str
     type: str
     params: int
     macs: int
+    activation_bytes: int
+    output: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,9 +71,10 @@ class CostModel:
         coefficients: shape (3, terms): what a term adds to params, MACs, bytes.
         batch: batch size of the traced pass.
         layers: names of the modules in the table.
+        outputs: for each of them that returned a tensor, the size of each of its dims.
         owner: position in `layers` of each table term, shape (table terms,).
         layer_factors: as `factors`, for the table.
-        layer_coefficients: shape (2, table terms): params, MACs.
+        layer_coefficients: shape (3, table terms): params, MACs, bytes.
     """
 
     index: dict[str, int]
@@ -73,6 +85,7 @@ class CostModel:
     coefficients: Ints
     batch: int
     layers: tuple[str, ...]
+    outputs: dict[str, tuple[int, ...]]
     owner: Ints
     layer_factors: Ints
     layer_coefficients: Ints
@@ -90,13 +103,18 @@ class CostModel:
 
     def table(self, counts: Ints, types: dict[str, str]) -> list[LayerCost]:
         """Cost of each layer."""
-        terms = self.values(counts)[self.layer_factors].prod(axis=1)
-        amounts = self.layer_coefficients * terms
-        params = np.zeros(len(self.layers), dtype=np.int64)
-        macs = np.zeros(len(self.layers), dtype=np.int64)
-        np.add.at(params, self.owner, amounts[0])
-        np.add.at(macs, self.owner, amounts[1])
+        values = self.values(counts)
+        amounts = self.layer_coefficients * values[self.layer_factors].prod(axis=1)
+        totals = np.zeros((len(self.layers), 3), dtype=np.int64)
+        np.add.at(totals, self.owner, amounts.T)
         return [
-            LayerCost(name, types.get(name, ""), int(p), int(m) // self.batch)
-            for name, p, m in zip(self.layers, params, macs, strict=True)
+            LayerCost(
+                name,
+                types.get(name, ""),
+                int(params),
+                int(macs) // self.batch,
+                int(size) // self.batch,
+                tuple(int(values[d]) for d in self.outputs.get(name, ())),
+            )
+            for name, (params, macs, size) in zip(self.layers, totals, strict=True)
         ]

@@ -130,6 +130,7 @@ class Trace:
     sizes: list[SizeSeen] = field(default_factory=list)
     unknown: dict[str, str] = field(default_factory=dict)  # operator -> module where it was first
     called: list[str] = field(default_factory=list)  # modules, in order of their first call
+    outputs: dict[str, tuple[tuple[int, ...], Facets]] = field(default_factory=dict)  # of modules
     batch: int = 1
     _by_id: dict[int, Leaf] = field(default_factory=dict)
     _by_storage: dict[tuple[int, tuple[int, ...]], Leaf] = field(default_factory=dict)
@@ -411,8 +412,11 @@ def trace(
             if name not in tracer.called:
                 tracer.called.append(name)
 
-        def leave(_module: nn.Module, _args: Any, _out: Any) -> None:
+        def leave(_module: nn.Module, _args: Any, out: Any, name: str = name) -> None:
             tracer.stack.pop()
+            first = next((t for t in _outputs(out)), None)
+            if first is not None:
+                tracer.outputs.setdefault(name, (tuple(first.shape), tracer.facets(first)))
 
         handles.append(module.register_forward_pre_hook(enter))
         handles.append(module.register_forward_hook(leave))
