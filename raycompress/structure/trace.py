@@ -227,10 +227,13 @@ def _outputs(out: Any) -> list[Tensor]:
 
 
 class _Mode(TorchDispatchMode):
-    def __init__(self, tracer: Trace, find: Callable[[Any], Rule | None]) -> None:
+    def __init__(
+        self, tracer: Trace, find: Callable[[Any], Rule | None], run: Callable[[Call], Any]
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.tracer = tracer
         self.find = find
+        self.run = run
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -259,7 +262,7 @@ class _Mode(TorchDispatchMode):
             tracer.facets(t)
         call.first_shape = tuple(inputs[0].shape) if inputs else ()
         data = any(tracer.is_data(t) for t in inputs)
-        call.out = func(*args, **kwargs)
+        call.out = self.run(call)
         outputs = _outputs(call.out)
         for t in outputs:
             if data:
@@ -394,13 +397,26 @@ def _leaves(model: nn.Module) -> list[Leaf]:
     return list(found.values())
 
 
+def _as_written(call: Call) -> Any:
+    return call.func(*call.args, **call.kwargs)
+
+
 def trace(
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     find: Callable[[Any], Rule | None],
+    run: Callable[[Call], Any] = _as_written,
 ) -> Trace:
-    """Runs the model once and returns what the labels showed."""
+    """Runs the model once and returns what the labels showed.
+
+    Args:
+        model: any module.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        find: the rule of an operator.
+        run: computes an operator's outputs, which must have the usual shapes.
+    """
     tracer = Trace(LabelSpace(), _leaves(model))
     inputs = [t for t in _flat((args, kwargs)) if isinstance(t, Tensor)]
     tracer.batch = next((t.shape[0] for t in inputs if t.dim()), 1)
@@ -423,11 +439,12 @@ def trace(
     try:
         with quiet(model):
             args, kwargs = _map((args, kwargs), _fresh_input)
-            with _Mode(tracer, find):
+            with _Mode(tracer, find, run):
                 out = model(*args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()
+    tracer.output = out
     for tensor in _flat(out):
         if isinstance(tensor, Tensor):
             for facet in tracer.facets(tensor):
