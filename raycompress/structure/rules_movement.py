@@ -34,6 +34,28 @@ def _run(call: Call) -> None:
         call.set(tensor, moved)
 
 
+def _as_strided(call: Call) -> None:
+    """Runs on labels that lie in memory as the tensor's elements do."""
+    source: Tensor = call.args[0]
+    out, shape = call.out, call.first_shape
+    stride, start = call.first_layout
+    if tuple(out.shape) == shape and all(
+        s == t for size, s, t in zip(shape, stride, out.stride(), strict=True) if size > 1
+    ):
+        call.set(out, call.facets(source))
+        return
+    moved: Facets = []
+    for facet in call.facets(source):
+        laid = torch.empty_strided(shape, stride, dtype=torch.int64)
+        laid.copy_(spread(facet, shape))
+        offset = out.storage_offset() - start
+        small = canonical(laid.as_strided(out.shape, out.stride(), offset).contiguous())
+        if small is not None:
+            moved.append(small)
+    call.space.keep_rectangular(moved)
+    call.set(out, moved)
+
+
 def _view(call: Call) -> None:
     """View / reshape: the labels may need a copy where the data didn't."""
     source, out = call.args[0], call.out
@@ -277,7 +299,7 @@ _PLAIN = (
     "permute transpose t squeeze unsqueeze movedim flip repeat tile pixel_shuffle "
     "pixel_unshuffle channel_shuffle native_channel_shuffle unfold diagonal narrow unbind "
     "tril triu rot90 view_as_real view_as_complex real imag swapaxes numpy_T mT adjoint "
-    "expand_copy permute_copy as_strided"
+    "expand_copy permute_copy"
 ).split()
 _VIEWS = (
     "view _unsafe_view reshape _reshape_alias view_copy unflatten flatten _reshape_copy".split()
@@ -288,6 +310,7 @@ MOVEMENTS: dict[str, Rule] = {
     **{f"aten::{n}": _run for n in _PLAIN},
     **{f"aten::{n}": _view for n in _VIEWS},
     **{f"aten::{n}": _split for n in _SPLITS},
+    "aten::as_strided": _as_strided,
     "aten::expand": _expand,
     "aten::slice": _slice,
     "aten::select": _select,

@@ -84,6 +84,7 @@ class Call:
     out: Any
     before: dict[str, Any]
     first_shape: tuple[int, ...] = ()
+    first_layout: tuple[tuple[int, ...], int] = ((), 0)  # strides, offset
 
     @property
     def space(self) -> LabelSpace:
@@ -260,7 +261,9 @@ class _Mode(TorchDispatchMode):
         inputs = call.tensors()
         for t in inputs:  # labels are made for the shape before an in-place operator changes it
             tracer.facets(t)
-        call.first_shape = tuple(inputs[0].shape) if inputs else ()
+        if inputs:
+            call.first_shape = tuple(inputs[0].shape)
+            call.first_layout = inputs[0].stride(), inputs[0].storage_offset()
         data = any(tracer.is_data(t) for t in inputs)
         call.out = self.run(call)
         outputs = _outputs(call.out)
