@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from raycompress.criteria import CRITERIA
+from raycompress.criteria import criterion
 from raycompress.errors import ConfigError
 from raycompress.host import Evaluation
 from raycompress.targets import Target
@@ -68,7 +68,8 @@ class SensitivityConfig:
     """Score of the model with one channel group (or layer) pruned, at each sparsity.
 
     Attributes:
-        criterion: "l1" and "l2" prune channels, "level" prunes single weights of layers.
+        criterion: A name, or an import path: "l1" and others prune channels, "level" and others
+            single weights of layers.
         sparsities: Fractions removed, ascending, each in (0, 1).
         early_stop: Stop a group's curve when the score is below `early_stop_value` ("minimize"),
             above it ("maximize"), more than it below the dense score ("dropped"), or above
@@ -84,11 +85,7 @@ class SensitivityConfig:
     layers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.criterion not in CRITERIA:
-            raise ConfigError(
-                f"sensitivity.criterion must be one of {', '.join(map(repr, CRITERIA))}, "
-                f"got {self.criterion!r}"
-            )
+        criterion(self.criterion, "sensitivity.criterion")
         if not self.sparsities or list(self.sparsities) != sorted(set(self.sparsities)):
             raise ConfigError(
                 "sensitivity.sparsities must be ascending and not empty, "

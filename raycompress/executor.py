@@ -103,12 +103,16 @@ class LedgerExecutor(ABC):
         """Judges candidates; answers in their order. Equal ones are evaluated once.
 
         Candidates with training are trained first (once, whatever the split), and what comes out
-        is evaluated under the digest of its weights.
+        is evaluated under the digest of its weights. Those that collect aren't judged.
         """
-        trained = self._train([c for c in candidates if c.training is not None])
+        trained = self._train([c for c in candidates if c.collect is None and c.training])
+        collected = self._statistics([c for c in candidates if c.collect is not None])
         judged: list[Candidate | None] = []
         for candidate in candidates:
-            if candidate.training is None:
+            if candidate.collect is not None:
+                trained[candidate] = collected[candidate]
+                judged.append(None)
+            elif candidate.training is None:
                 judged.append(candidate)
             else:
                 weights = trained[candidate].weights
@@ -149,6 +153,17 @@ class LedgerExecutor(ABC):
             sizes = self.info.num_examples
             passes = 3 * training.epochs * sizes["train"] / max(sizes["validation"], 1)
             dfe = passes * self._relative_macs(candidate)
+            trials[candidate] = self._record(keys[candidate], candidate, [result], dfe)
+        return trials
+
+    def _statistics(self, candidates: Sequence[Candidate]) -> dict[Candidate, Trial]:
+        keys = {c: self._key("collection", {"candidate": c.key()}) for c in candidates}
+        trials, missing = self._recall(keys)
+        units = [Unit(candidate, "calibration") for candidate in missing]
+        sizes = self.info.num_examples
+        dfe = sizes["calibration"] / max(sizes["validation"], 1)
+        for index, result in self._run(units):
+            candidate = missing[index]
             trials[candidate] = self._record(keys[candidate], candidate, [result], dfe)
         return trials
 
@@ -240,8 +255,13 @@ class LedgerExecutor(ABC):
             seconds=sum(r.seconds for r in results),
             dfe=dfe,
         )
+        stored = candidate.training is not None or candidate.collect is not None
         record = {
-            "kind": "training" if candidate.training is not None else "evaluation",
+            "kind": "collection"
+            if candidate.collect is not None
+            else "training"
+            if candidate.training is not None
+            else "evaluation",
             "candidate": candidate.key(),
             "shards": [[s.count, s.score, s.loss] for s in shards],
             "failure": failure,
@@ -251,7 +271,7 @@ class LedgerExecutor(ABC):
             "worker": ",".join(sorted({r.worker for r in results})),
         }
         self.dfe += dfe
-        if candidate.training is not None and failure is not None:
+        if stored and failure is not None:
             return trial  # not recorded: the next run tries again
         if self.ledger is None:
             self._memory[key] = record

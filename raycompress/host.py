@@ -7,31 +7,29 @@ search is answered alike everywhere.
 from __future__ import annotations
 
 import copy
-import hashlib
-import inspect
-import platform
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from raycompress.collect import Collector, Probe
+from raycompress.data import Splits
 from raycompress.errors import TaskError
+from raycompress.identity import data_digest, numeric_class, task_digest
 from raycompress.masks import Masks, hold, masked_copy, weight_masks
+from raycompress.method import TrainingRun
 from raycompress.recalibration import recalibrate
 from raycompress.search import Candidate, Ranking, Shard, Training
-from raycompress.structure import Structure, slim
+from raycompress.structure import Structure, expand, slim
 from raycompress.structure.latency import LatencyRow, measure
 from raycompress.task import SPLITS, Progress, Split, Task
 from raycompress.weights import Weights, WeightStore
 
-__all__ = ["Evaluation", "HostInfo", "ModelHost", "Unit", "UnitResult", "task_digest"]
-
-PRELOAD_BYTES = 2 << 30
-"""A split's batches stay in the host's memory up to this size; larger ones are read each time."""
+__all__ = ["Evaluation", "HostInfo", "ModelHost", "Unit", "UnitResult"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +57,10 @@ class Unit:
     """The smallest piece of work that a host is sent.
 
     Attributes:
-        candidate: With `training`: train it, nothing else. Without: evaluate it.
+        candidate: With `collect`: collect it; with `training`: train it; and nothing else.
+            With neither: evaluate it.
         split: Which data.
-        shards: Indices of the shards to evaluate; empty for training.
+        shards: Indices of the shards to evaluate; empty for the other two.
     """
 
     candidate: Candidate
@@ -75,7 +74,7 @@ class UnitResult:
 
     Attributes:
         shards: Sums for each shard that was asked for, in order.
-        weights: Digest of the trained weights, for training units.
+        weights: Digest of the trained weights, or of what was collected.
         failure: Exception and message, if the candidate failed.
         seconds: Time spent.
         worker: Name of the host.
@@ -105,44 +104,6 @@ class HostInfo:
     num_examples: Mapping[str, int]
     numeric_class: str
     whole: bool
-
-
-def task_digest(task: Task) -> str:
-    """SHA-256 over a task's import path, attributes and module source, as 16 hex digits."""
-    cls = type(task)
-    content = hashlib.sha256(f"{cls.__module__}:{cls.__qualname__}".encode())
-    try:
-        content.update(inspect.getsource(inspect.getmodule(cls) or cls).encode())
-    except (OSError, TypeError):
-        content.update(b"no source")  # defined at an interactive prompt
-    plain = {
-        name: value
-        for name, value in sorted(vars(task).items())
-        if isinstance(value, str | int | float | bool | None)
-    }
-    content.update(repr(plain).encode())
-    return content.hexdigest()[:16]
-
-
-def numeric_class(device: torch.device, threads: int) -> str:
-    """Names what the last bits of a score depend on."""
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}; torch {torch.__version__}; bfloat16"
-    cpu = torch.backends.cpu.get_cpu_capability()
-    return f"{platform.machine()} {cpu}; torch {torch.__version__}; {threads} threads"
-
-
-def _update_with_tensors(content: Any, value: Any) -> None:
-    if isinstance(value, Tensor):
-        content.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    elif isinstance(value, dict):
-        for key in sorted(value):
-            _update_with_tensors(content, value[key])
-    elif isinstance(value, list | tuple):
-        for item in value:
-            _update_with_tensors(content, item)
-    else:
-        content.update(repr(value).encode())
 
 
 class ModelHost:
@@ -178,24 +139,17 @@ class ModelHost:
         self._loaded: str | None = None
         self._states: OrderedDict[str, Weights] = OrderedDict()
         self._rankings: dict[str, Ranking] = {}
-        self._data: dict[str, Any] = {}
-        self._batches: dict[tuple[str, int], list[Any]] = {}
+        settings = self.evaluation
+        self._splits = Splits(task, settings.batch_size, settings.num_shards, self.device)
         self._built: tuple[Candidate, nn.Module] | None = None
 
     def info(self) -> HostInfo:
         """What the executor must know of this host."""
-        content = hashlib.sha256()
-        sizes = {}
-        for split in SPLITS:
-            data = self._dataset(split)  # type: ignore[arg-type]
-            sizes[split] = len(data)
-            for index in sorted({0, len(data) // 2, len(data) - 1}):
-                _update_with_tensors(content, data[index])
-        content.update(repr(sorted(sizes.items())).encode())
+        datasets = {split: self._splits.dataset(split) for split in SPLITS}  # type: ignore[arg-type]
         return HostInfo(
             task=task_digest(self.task),
-            data=content.hexdigest()[:16],
-            num_examples=sizes,
+            data=data_digest(datasets),
+            num_examples={split: len(data) for split, data in datasets.items()},
             numeric_class=numeric_class(self.device, self.evaluation.threads),
             whole=self._whole,
         )
@@ -214,7 +168,9 @@ class ModelHost:
         before = torch.get_num_threads()
         torch.set_num_threads(self.evaluation.threads)
         try:
-            if unit.candidate.training is not None:
+            if unit.candidate.collect is not None:
+                result = UnitResult(weights=self._collect(unit.candidate, unit.candidate.collect))
+            elif unit.candidate.training is not None:
                 digest = self._train(unit.candidate, unit.candidate.training, progress)
                 result = UnitResult(weights=digest)
             else:
@@ -263,15 +219,20 @@ class ModelHost:
             TaskError: Its ranking or its weights belong to something else.
         """
         weights = self.weights(candidate.weights)
+        before = {name: torch.tensor(kept) for name, kept in weights.kept.items()}
         if not candidate.kept:
-            return {name: torch.tensor(kept) for name, kept in weights.kept.items()}
+            return before
         ranking = self._ranking(candidate)
         if ranking.kind == "weights":
-            return {}
+            return before
         kept = ranking.kept(candidate.counts)
-        if weights.kept and {n: tuple(k.tolist()) for n, k in kept.items()} != dict(weights.kept):
-            raise TaskError(f"weights {candidate.weights} belong to another set of channels")
-        return kept
+        for name, indices in before.items():
+            if name in kept and not set(kept[name].tolist()) <= set(indices.tolist()):
+                raise TaskError(
+                    f"group {name!r}: weights {candidate.weights} lack channels that ranking "
+                    f"{candidate.ranking} keeps"
+                )
+        return {**before, **kept}
 
     def masks(self, candidate: Candidate) -> Masks:
         """Complete masks of a candidate over the dense model."""
@@ -284,13 +245,11 @@ class ModelHost:
         """The candidate's model on the device, in eval mode: slim, or masked if fine-grained."""
         weights = self.weights(candidate.weights)
         kept = self.kept(candidate)
-        if weights.kept:
+        if weights.kept and {n: tuple(k.tolist()) for n, k in kept.items()} == dict(weights.kept):
             model = slim(self._base, self.structure, kept)
             model.load_state_dict(dict(weights.state))
         else:
-            if self._loaded != candidate.weights:
-                self._base.load_state_dict(dict(weights.state))
-                self._loaded = candidate.weights
+            self._load(candidate.weights)
             if kept:
                 model = slim(self._base, self.structure, kept)
             elif candidate.kept:
@@ -299,9 +258,22 @@ class ModelHost:
                 model = copy.deepcopy(self._base)
         model = model.to(self.device).eval()
         if candidate.recalibrate:
-            batches = self._split_batches("calibration", None)[: candidate.recalibrate]
+            batches = self._splits.batches("calibration")[: candidate.recalibrate]
             recalibrate(model, lambda batch: self.task.forward(model, batch), batches)
         return model
+
+    def _load(self, digest: str) -> None:
+        """Loads weights into the host's own model, those of a slim one in their dense places."""
+        if self._loaded == digest:
+            return
+        self._loaded = None
+        weights = self.weights(digest)
+        state: Mapping[str, Tensor] = weights.state
+        if weights.kept:
+            kept = {name: torch.tensor(indices) for name, indices in weights.kept.items()}
+            state = expand(self.structure, self._base, weights.state, kept)
+        self._base.load_state_dict(dict(state))
+        self._loaded = digest
 
     def _ranking(self, candidate: Candidate) -> Ranking:
         if candidate.ranking not in self._rankings:
@@ -311,16 +283,28 @@ class ModelHost:
     def _train(self, candidate: Candidate, training: Training, progress: Progress | None) -> str:
         model = self.build(candidate.with_training(None))
         kept = self.kept(candidate)
+        run = TrainingRun(
+            model=model,
+            task=copy.copy(self.task),
+            structure=self.structure,
+            masks=self.masks(candidate) if candidate.kept and not kept else {},
+            device=self.device,
+            weights=self.weights,
+            build=lambda digest: self.build(Candidate(digest)),
+        )
 
         def report(step: int, num_steps: int, loss: float) -> None:
+            run.step, run.num_steps = step, num_steps
             self.progress = (step, num_steps, loss)
             if progress is not None:
                 progress(step, num_steps, loss)
 
-        masks = self.masks(candidate) if candidate.kept and not kept else {}
         if training.epochs > 0:
-            with hold(model, masks):
-                self.task.train(
+            with ExitStack() as around:
+                for method in training.methods:
+                    around.enter_context(method.around(run))
+                around.enter_context(hold(model, run.masks))
+                run.task.train(
                     model,
                     epochs=training.epochs,
                     lr=training.lr,
@@ -330,7 +314,22 @@ class ModelHost:
                 )
         state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
         plain = {name: tuple(indices.tolist()) for name, indices in kept.items()}
-        return self.store.put(Weights(state, plain))
+        extra = {name: tensor.cpu() for name, tensor in run.extra.items()}
+        return self.store.put(Weights(state, plain, extra))
+
+    def _collect(self, candidate: Candidate, collector: Collector) -> str:
+        """Collects statistics of a candidate in dense shapes; returns the digest they have."""
+        self._load(candidate.weights)
+        model = masked_copy(self._base, self.masks(candidate)).to(self.device).eval()
+        batches = self._splits.batches
+        probe = Probe(
+            model=model,
+            structure=self.structure,
+            task=self.task,
+            device=self.device,
+            batches=lambda: iter(batches("calibration")),
+        )
+        return self.store.put(Weights(collector.collect(probe), {}))
 
     def _evaluate(self, unit: Unit) -> tuple[Shard, ...]:
         if self._built is None or self._built[0] != unit.candidate:
@@ -347,7 +346,7 @@ class ModelHost:
 
     def _shard(self, model: nn.Module, split: Split, index: int) -> Shard:
         count, score, loss = 0, 0.0, 0.0
-        for batch in self._split_batches(split, index):
+        for batch in self._splits.batches(split, index):
             with torch.autocast(
                 self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"
             ):
@@ -360,40 +359,3 @@ class ModelHost:
         if not (score == score and loss == loss):
             raise TaskError(f"score or loss is NaN on {split} shard {index}")
         return Shard(count, score, loss)
-
-    def _dataset(self, split: Split) -> Any:
-        if split not in self._data:
-            self._data[split] = self.task.dataset(split)
-        return self._data[split]
-
-    def _split_batches(self, split: Split, shard: int | None) -> Sequence[Any]:
-        """Batches of one shard, or of a whole split; kept in memory unless they are many."""
-        key = (split, -1 if shard is None else shard)
-        if key in self._batches:
-            return self._batches[key]
-        data = self._dataset(split)
-        start, stop = shard_bounds(len(data), self.evaluation.num_shards, shard)
-        size = self.evaluation.batch_size
-        batches = list(self.task.batches(data, range(start, stop), size, self.device))
-        if _num_bytes(batches) * (1 if shard is None else self.evaluation.num_shards) < (
-            PRELOAD_BYTES
-        ):
-            self._batches[key] = batches
-        return batches
-
-
-def shard_bounds(num: int, num_shards: int, shard: int | None) -> tuple[int, int]:
-    """First and last + 1 example of a shard; the whole split for None."""
-    if shard is None:
-        return 0, num
-    return num * shard // num_shards, num * (shard + 1) // num_shards
-
-
-def _num_bytes(value: Any) -> int:
-    if isinstance(value, Tensor):
-        return value.nbytes
-    if isinstance(value, dict):
-        return sum(_num_bytes(item) for item in value.values())
-    if isinstance(value, list | tuple):
-        return sum(_num_bytes(item) for item in value)
-    return 0

@@ -188,6 +188,7 @@ def _sensitivity(job: _Job, pool: LedgerExecutor, weights: str) -> list[Sensitiv
         structure=plan.structure,
         weights=weights,
         executor=pool,
+        store=job.store,
         targets=plan.config.targets,
     )
     rows = plan.sensitivity.run(problem, pool, dense.score)

@@ -10,15 +10,14 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from raycompress.errors import StructureError
+from raycompress.steps import after_step
 
 __all__ = [
     "Masks",
@@ -114,16 +113,13 @@ def hold(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[nn.Module]:
             for tensor, removed in tensors:
                 tensor.masked_fill_(removed, 0)
 
-    def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def again(optimizer: torch.optim.Optimizer) -> None:
         params = (p for group in optimizer.param_groups for p in group["params"])
         zero(held[id(p)] for p in params if id(p) in held)
 
     zero(iter(held.values()))
-    handle = register_optimizer_step_post_hook(after_step)
-    try:
+    with after_step(model, again):
         yield model
-    finally:
-        handle.remove()
 
 
 def weight_masks(model: nn.Module, kept: Mapping[str, Tensor]) -> Masks:

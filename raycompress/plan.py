@@ -26,6 +26,7 @@ from raycompress.pruning.pruner import Problem, Pruner
 from raycompress.search import Ranking, Trial
 from raycompress.structure import Structure, analyze
 from raycompress.task import Split, Task, check_task
+from raycompress.weights import WeightStore
 
 __all__ = ["Plan", "TrialPlan", "build_task", "prepare"]
 
@@ -113,6 +114,7 @@ def prepare(config: JobConfig) -> Plan:
         structure=structure,
         weights="",
         executor=_Nobody(),
+        store=WeightStore(output / "weights"),
         targets=config.targets,
     )
     sensitivity = None
@@ -127,6 +129,7 @@ def prepare(config: JobConfig) -> Plan:
                 structure=structure,
                 weights="",
                 executor=_Nobody(),
+                store=WeightStore(output / "weights"),
                 targets=config.targets,
                 budget=trial.budget,
                 seed=trial.seed,

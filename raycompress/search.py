@@ -12,13 +12,16 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from raycompress.collect import Collector
 from raycompress.errors import EvaluationError
+from raycompress.method import TrainingMethod
+from raycompress.plain import from_plain, to_plain
 from raycompress.task import Split
 
 __all__ = [
@@ -79,11 +82,13 @@ class Training:
             built, recalibrated and stored.
         lr: Peak learning rate; None takes the task's own.
         seed: Of the order of examples.
+        methods: What happens around the optimizer's steps, outermost first.
     """
 
     epochs: float
     lr: float | None = None
     seed: int = 0
+    methods: tuple[TrainingMethod, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,8 @@ class Candidate:
         recalibrate: Calibration batches from which norm statistics are taken anew before judging;
             0: they stay.
         training: What is trained first; None: nothing.
+        collect: What is collected of the weights over calibration data, in place of a judgement:
+            the trial's `weights` is then the digest of the statistics. None: nothing.
     """
 
     weights: str
@@ -104,6 +111,7 @@ class Candidate:
     ranking: str = ""
     recalibrate: int = 0
     training: Training | None = None
+    collect: Collector | None = None
 
     @staticmethod
     def of(
@@ -129,18 +137,33 @@ class Candidate:
 
     def key(self) -> dict[str, Any]:
         """Plain data for the ledger's key."""
-        return asdict(self)
+        training = self.training
+        return {
+            "weights": self.weights,
+            "kept": [list(pair) for pair in self.kept],
+            "ranking": self.ranking,
+            "recalibrate": self.recalibrate,
+            "training": None
+            if training is None
+            else {**vars(training), "methods": [to_plain(m) for m in training.methods]},
+            "collect": None if self.collect is None else to_plain(self.collect),
+        }
 
     @staticmethod
     def from_key(key: Mapping[str, Any]) -> Candidate:
         """The inverse of `key`, also after a trip through JSON."""
         training = key["training"]
+        if training is not None:
+            methods = tuple(from_plain(each, TrainingMethod) for each in training["methods"])
+            training = Training(**{**training, "methods": methods})
+        collect = key["collect"]
         return Candidate(
             weights=key["weights"],
             kept=tuple((str(name), int(count)) for name, count in key["kept"]),
             ranking=key["ranking"],
             recalibrate=key["recalibrate"],
-            training=Training(**training) if training is not None else None,
+            training=training,
+            collect=None if collect is None else from_plain(collect, Collector),
         )
 
     def with_training(self, training: Training | None) -> Candidate:
@@ -171,7 +194,8 @@ class Trial:
         candidate: What was judged.
         shards: Sums for each shard in index order; empty for a failed candidate.
         failure: Why it failed; None if it didn't.
-        weights: Digest of the weights that training it produced, else None.
+        weights: Digest of the weights that training it produced, or of what was collected; else
+            None.
         seconds: Time on the worker.
         dfe: Cost in dense-forward equivalents.
         replayed: The ledger answered; nothing was evaluated.
@@ -239,9 +263,11 @@ def run_search(
                 raise EvaluationError(
                     f"all {len(trials)} candidates of step {step} failed: {'; '.join(reasons[:3])}"
                 )
-            if on_step is not None:
-                on_step(step, trials)
-            step += 1
+            judged = [trial for trial in trials if trial.candidate.collect is None]
+            if judged:
+                if on_step is not None:
+                    on_step(step, judged)
+                step += 1
             candidates = search.send(trials)
     except StopIteration as stop:
         winner: Candidate = stop.value

@@ -95,6 +95,7 @@ def toy_problem(
         structure=structure,
         weights=digest,
         executor=executor,
+        store=store,
         budget=None if budget is None else Budget.of(budget),
         seed=seed,
     )

@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from raycompress.pruning.pruner import Problem
 from raycompress.search import Ranking, Trial, digest_of, run_search
 from raycompress.structure import Structure
 from raycompress.task import Task
-from raycompress.weights import Weights
+from raycompress.weights import Weights, WeightStore
 
 __all__ = ["MakePool", "Report", "Shared", "finished", "load_ranking", "run_trial", "save_ranking"]
 
@@ -122,6 +122,7 @@ def run_trial(
             structure=shared.structure,
             weights=shared.digest,
             executor=pool,
+            store=WeightStore(shared.output / "weights"),
             budget=None if payload["budget"] is None else Budget.of(payload["budget"]),
             targets=config.targets,
             seed=int(payload["seed"]),
@@ -148,6 +149,8 @@ def run_trial(
 
         winner = run_search(pruner.search(problem), pool, on_step)
         judged = pool.evaluate([winner])[0]
+        if judged.weights is not None:  # what was trained is the winner, not the training
+            winner = replace(winner, weights=judged.weights, training=None, recalibrate=0)
         for ranking in pool.rankings.values():
             save_ranking(ranking, shared.output / "rankings")
         result = {

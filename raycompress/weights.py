@@ -11,7 +11,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -23,6 +23,8 @@ from raycompress.errors import RaycompressError
 
 __all__ = ["WeightStore", "Weights", "digest_of_state"]
 
+_EXTRA = "extra:"
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -31,22 +33,29 @@ class Weights:
     Attributes:
         state: Tensors by name, on the CPU. Shared: never written in place.
         kept: Kept channel indices for each channel group that lost some; empty for dense shapes.
+        extra: What a training method leaves beside the state, such as scores.
     """
 
     state: Mapping[str, Tensor]
     kept: Mapping[str, tuple[int, ...]]
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def digest_of_state(weights: Weights) -> str:
     """SHA-256 over names, shapes, bytes and kept channels, as 16 hex digits."""
     content = hashlib.sha256()
-    for name in sorted(weights.state):
-        tensor = weights.state[name].detach().cpu().contiguous()
+    tensors = _tensors(weights)
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
         content.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
         content.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
     kept = {name: list(indices) for name, indices in weights.kept.items()}
     content.update(json.dumps(kept, sort_keys=True).encode())
     return content.hexdigest()[:16]
+
+
+def _tensors(weights: Weights) -> dict[str, Tensor]:
+    return {**weights.state, **{f"{_EXTRA}{name}": t for name, t in weights.extra.items()}}
 
 
 class WeightStore:
@@ -72,7 +81,7 @@ class WeightStore:
             state = {
                 # A copy: safetensors refuses tensors that share memory, as tied weights do.
                 name: tensor.detach().cpu().contiguous().clone()
-                for name, tensor in weights.state.items()
+                for name, tensor in _tensors(weights).items()
             }
             kept = {name: list(indices) for name, indices in weights.kept.items()}
             handle, temporary = tempfile.mkstemp(dir=self.folder, suffix=".partial")
@@ -93,9 +102,11 @@ class WeightStore:
         if not path.exists():
             raise RaycompressError(f"weights {digest} are not in {self.folder}")
         with safe_open(path, framework="pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
             kept = json.loads((file.metadata() or {}).get("kept", "{}"))
-        return Weights(state, {name: tuple(indices) for name, indices in kept.items()})
+        extra = {n.removeprefix(_EXTRA): t for n, t in tensors.items() if n.startswith(_EXTRA)}
+        state = {name: t for name, t in tensors.items() if not name.startswith(_EXTRA)}
+        return Weights(state, {name: tuple(indices) for name, indices in kept.items()}, extra)
 
     def __contains__(self, digest: str) -> bool:
         return self.path(digest).exists()

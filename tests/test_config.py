@@ -100,7 +100,7 @@ def test_all_mistakes_are_listed_in_the_files_order(write):
         ("cluster: {executor: rey}", "line 11: cluster.executor must be one of 'ray', 'local', "),
         ("cluster: {max_concurrent: 0}", "line 11: cluster.max_concurrent must be above 0, got 0"),
         ("evaluation:\n  threads: 0", "line 12: evaluation.threads must be at least 1, got 0"),
-        ("sensitivity: {criterion: l3}", "line 11: sensitivity.criterion must be one of 'level'"),
+        ("sensitivity: {criterion: l3}", "line 11: sensitivity.criterion: no criterion 'l3'"),
         ("sensitivity: {sparsities: []}", "line 11: sensitivity.sparsities must be ascending"),
         ("latency: {batch_sizes: [1.5]}", "line 11: latency.batch_sizes[0] must be an integer"),
         ("task_args: [1]", "line 11: task_args must be a mapping of keys to values, got [1]"),

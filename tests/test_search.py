@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from raycompress.budget import Allocator, Budget
+from raycompress.criteria import L1
 from raycompress.errors import BudgetError, ConfigError, EvaluationError
 from raycompress.executor import LocalExecutor
 from raycompress.ledger import Ledger
@@ -209,7 +210,8 @@ def test_second_writer_waits_and_gives_up(tmp_path):
 def test_training_is_done_once_and_its_weights_are_kept(tmp_path):
     problem, _ = toy_problem(str(tmp_path / "weights"))
     executor = _with_ledger(tmp_path)
-    ranking = problem.rank("l1", ["conv3"])
+    scores = L1().scores(problem.model, problem.structure, ["conv3"], {})
+    ranking = problem.ranking("channels", scores)
     executor.publish(ranking)
     candidate = problem.candidate({"conv3": 8}, ranking, training=Training(6.0))
     first, again = executor.evaluate([candidate])[0], executor.evaluate([candidate])[0]

@@ -15,13 +15,15 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
-from raycompress.criteria import CRITERIA
+from raycompress.criteria import criterion
 from raycompress.errors import ConfigError
 from raycompress.masks import num_kept
 from raycompress.pruning.pruner import Problem
 from raycompress.search import Candidate, Executor, Ranking, Trial
 
 __all__ = ["Sensitivity", "SensitivityRow", "write_sensitivity"]
+
+KEY = "sensitivity.criterion"
 
 
 @dataclass(frozen=True)
@@ -56,11 +58,7 @@ class Sensitivity:
     layers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.criterion not in CRITERIA:
-            raise ConfigError(
-                f"sensitivity.criterion must be one of {', '.join(CRITERIA)}, "
-                f"got {self.criterion!r}"
-            )
+        criterion(self.criterion, KEY)
 
     def units(self, problem: Problem) -> dict[str, str]:
         """Names of the curves, each with its key in the ranking.
@@ -68,7 +66,7 @@ class Sensitivity:
         Raises:
             ConfigError: `layers` names one that has nothing to prune.
         """
-        fine = CRITERIA[self.criterion].kind == "weights"
+        fine = criterion(self.criterion, KEY).kind == "weights"
         if fine:
             names = {name: f"{name}.weight" if name else "weight" for name in problem.layers()}
             owners: dict[str, tuple[str, ...]] = {name: (name,) for name in names}
@@ -98,7 +96,7 @@ class Sensitivity:
             dense_score: Validation score of the dense model, for "dropped" and "raised".
         """
         names = self.units(problem)
-        ranking = problem.rank(self.criterion, list(names))
+        ranking = yield from problem.rank(criterion(self.criterion, KEY), list(names))
         points = [(name, sparsity) for sparsity in self.sparsities for name in names]
         waves = (
             [points]

@@ -5,32 +5,60 @@ Shapes: C channels of a group, P entries that a channel owns in one parameter.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from raycompress.collect import Collector, Probe
+from raycompress.errors import ConfigError
 from raycompress.masks import prune_order
 from raycompress.search import Ranking
-from raycompress.structure import ChannelGroup, Structure
+from raycompress.structure import ChannelGroup, Member, Structure
 
-__all__ = ["Criterion", "rank"]
+__all__ = ["Criterion", "channel_rows", "parameter_name", "ranking_of"]
+
+Statistics = Mapping[str, Tensor]
 
 
-class Criterion(ABC):
-    """Scores units of a model; pure: neither the model nor any state is changed.
+@dataclass(frozen=True, kw_only=True)
+class Criterion(Collector):
+    """Scores units of a model, higher = keep; pure: neither the model nor any state is changed.
+
+    The shortest criterion overrides `score`. One that looks at data sets `needs_data`, overrides
+    `collect` (which runs on a replica) and reads what it collected in `group_scores` or
+    `weight_scores`.
 
     Attributes:
-        kind: "channels": scores whole channels; "weights": scores single weights.
+        combine: How the scores of a group's members become one score for each channel.
     """
 
-    kind: ClassVar[Literal["channels", "weights"]] = "channels"
+    combine: Literal["sum", "mean", "max"] = "sum"
 
-    @abstractmethod
+    kind: ClassVar[Literal["channels", "weights"]] = "channels"
+    """"channels": scores whole channels; "weights": scores single weights."""
+    needs_data: ClassVar[bool] = False
+    """Whether statistics are collected first."""
+    normalised: ClassVar[bool] = True
+    """Each member's scores are divided by their mean, so that layers of different scale weigh the
+    same; false where scores of different layers are comparable by themselves, such as Taylor's."""
+
+    def __post_init__(self) -> None:
+        if self.combine not in ("sum", "mean", "max"):
+            raise ConfigError(
+                f"{type(self).__name__}.combine must be 'sum', 'mean' or 'max', "
+                f"got {self.combine!r}"
+            )
+
+    def collect(self, probe: Probe) -> dict[str, Tensor]:
+        """Statistics over calibration data; called on a replica if `needs_data`."""
+        raise NotImplementedError(f"{type(self).__name__} needs data, and has no collect()")
+
     def score(self, weight: Tensor) -> Tensor:
-        """Scores of one producing parameter, higher = keep.
+        """Scores of one producing parameter.
 
         Args:
             weight: Shape (C, P): what each channel owns in it; for kind "weights", any shape.
@@ -38,49 +66,96 @@ class Criterion(ABC):
         Returns:
             Shape (C,); for kind "weights", the shape of `weight`.
         """
+        raise NotImplementedError(f"{type(self).__name__} has no score()")
 
-    def group_scores(self, model: nn.Module, group: ChannelGroup) -> Tensor:
-        """Scores of a group's channels, shape (C,).
+    def group_scores(
+        self, model: nn.Module, group: ChannelGroup, statistics: Statistics
+    ) -> list[Tensor]:
+        """Scores of a group's channels, shape (C,) each: one for each member that has a say.
 
-        The scores of each producing parameter are divided by their mean, so that layers of
-        different scale weigh the same, and summed: coupled layers agree by construction.
+        The default scores every producing parameter of two or more dims; biases go with their
+        channel and don't rank it.
+
+        Args:
+            model: Dense, on the CPU.
+            group: What is scored.
+            statistics: What `collect` returned; empty without `needs_data`.
         """
         parameters = dict(model.named_parameters(remove_duplicate=False))
-        total = torch.zeros(group.num_channels, dtype=torch.float64)
-        for member in group.members:
-            if member.role != "producer" or member.parameter not in parameters:
-                continue
-            weight = parameters[member.parameter].detach().double().cpu()
-            if weight.dim() < 2:
-                continue  # biases go with their channel, they don't rank it
-            indices = torch.as_tensor(member.indices)
-            rows = weight.index_select(member.dim, indices.flatten())
-            rows = rows.movedim(member.dim, 0).reshape(group.num_channels, -1)
-            scores = self.score(rows)
-            total += scores / scores.mean().clamp_min(torch.finfo(torch.float64).tiny)
-        return total
+        return [
+            self.score(channel_rows(parameters[member.parameter], member))
+            for member in group.members
+            if member.role == "producer"
+            and member.parameter in parameters
+            and parameters[member.parameter].dim() > 1
+        ]
+
+    def weight_scores(self, name: str, weight: Tensor, statistics: Statistics) -> Tensor:
+        """Scores of a layer's single weights, of the shape of `weight` (kind "weights")."""
+        return self.score(weight)
+
+    def scores(
+        self,
+        model: nn.Module,
+        structure: Structure,
+        names: Sequence[str],
+        statistics: Statistics,
+    ) -> dict[str, Tensor]:
+        """Scores by the keys of a ranking: group names, or parameter names for kind "weights"."""
+        if self.kind == "weights":
+            modules = dict(model.named_modules())
+            found = {}
+            for name in names:
+                weight = modules[name].weight
+                assert isinstance(weight, Tensor)
+                found[parameter_name(name)] = self.weight_scores(
+                    name, weight.detach().cpu(), statistics
+                )
+            return found
+        return {name: self._combined(structure.group(name), model, statistics) for name in names}
+
+    def _combined(self, group: ChannelGroup, model: nn.Module, statistics: Statistics) -> Tensor:
+        members = [s.double() for s in self.group_scores(model, group, statistics)]
+        if not members:  # nothing in the group is of the kind that this criterion looks at
+            return torch.zeros(group.num_channels, dtype=torch.float64)
+        if self.normalised:
+            tiny = torch.finfo(torch.float64).tiny
+            members = [scores / scores.mean().clamp_min(tiny) for scores in members]
+        stacked = torch.stack(members)
+        if self.combine == "max":
+            return stacked.amax(dim=0)
+        return stacked.sum(dim=0) if self.combine == "sum" else stacked.mean(dim=0)
 
 
-def rank(
-    criterion: Criterion, model: nn.Module, structure: Structure, names: Sequence[str]
+def parameter_name(layer: str) -> str:
+    """Name of a layer's weight in the model."""
+    return f"{layer}.weight" if layer else "weight"
+
+
+def channel_rows(parameter: Tensor, member: Member) -> Tensor:
+    """What each channel owns in a parameter, in double precision on the CPU: shape (C, P)."""
+    values = parameter.detach().double().cpu()
+    indices = torch.as_tensor(member.indices)
+    rows = values.index_select(member.dim, indices.flatten()).movedim(member.dim, 0)
+    return rows.reshape(len(indices), -1)
+
+
+def ranking_of(
+    kind: Literal["channels", "weights"],
+    scores: Mapping[str, Tensor],
+    removed: Mapping[str, Tensor],
 ) -> Ranking:
-    """The order in which units go, lowest score first, ties by index.
+    """The order in which units go: what is removed already, then the lowest score, ties by index.
 
     Args:
-        criterion: Scores them.
-        model: Dense, on the CPU.
-        structure: Of the model.
-        names: Channel groups; for a criterion of kind "weights", layers.
+        kind: Of the units.
+        scores: For each key, higher = keep.
+        removed: For some keys, a bool tensor: units that are gone already and stay gone.
     """
-    if criterion.kind == "channels":
-        scores = {name: criterion.group_scores(model, structure.group(name)) for name in names}
-        return Ranking("channels", {name: prune_order(s) for name, s in scores.items()})
-    modules = dict(model.named_modules())
     orders = {}
-    for name in names:
-        weight = modules[name].weight
-        assert isinstance(weight, Tensor)
-        orders[f"{name}.weight" if name else "weight"] = prune_order(
-            criterion.score(weight.detach().cpu())
-        )
-    return Ranking("weights", orders)
+    for name, values in scores.items():
+        flat = values.flatten().double()
+        if name in removed:
+            flat = flat.masked_fill(removed[name].flatten(), -math.inf)
+        orders[name] = prune_order(flat)
+    return Ranking(kind, orders)

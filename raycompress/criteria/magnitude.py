@@ -5,6 +5,7 @@ Han et al. 2015 (single weights); Li et al. 2017, arXiv 1608.08710 (L1 norm of f
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from raycompress.criteria.criterion import Criterion
 __all__ = ["L1", "L2", "Magnitude"]
 
 
+@dataclass(frozen=True, kw_only=True)
 class Magnitude(Criterion):
     """|w| of every single weight."""
 
@@ -24,6 +26,7 @@ class Magnitude(Criterion):
         return weight.abs()
 
 
+@dataclass(frozen=True, kw_only=True)
 class L1(Criterion):
     """Sum of |w| over a filter (arXiv 1608.08710, section 3.1)."""
 
@@ -32,6 +35,7 @@ class L1(Criterion):
         return weight.abs().sum(dim=1)
 
 
+@dataclass(frozen=True, kw_only=True)
 class L2(Criterion):
     """Euclidean norm of a filter."""
 

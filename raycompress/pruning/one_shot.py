@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from raycompress.criteria import L1, Criterion, Magnitude
 from raycompress.errors import BudgetError, ConfigError
 from raycompress.masks import num_kept
 from raycompress.pruning.pruner import Problem, Pruner, allocator
@@ -42,7 +43,7 @@ class Level(Pruner):
 
     sparsity: float | None = None
 
-    criterion: ClassVar[str] = "level"
+    criterion: ClassVar[Criterion] = Magnitude()
 
     def __post_init__(self) -> None:
         _check_sparsity("Level", self.sparsity)
@@ -63,12 +64,11 @@ class Level(Pruner):
                 name: _sparsity_of("Level", name, self.sparsity, target)
                 for name, target in layers.items()
             }
-        ranking = problem.rank(self.criterion, list(layers))
+        ranking = yield from problem.rank(self.criterion, list(layers))
         counts = {
             f"{name}.weight" if name else "weight": num_kept(sizes[name], sparsities[name])
             for name in layers
         }
-        yield from ()
         return problem.candidate(counts, ranking)
 
     def _budget_sparsity(self, problem: Problem, prunable: int) -> float:
@@ -114,7 +114,7 @@ class L1Filter(Pruner):
     round_to: int = 1
     min_kept: int = 1
 
-    criterion: ClassVar[str] = "l1"
+    criterion: ClassVar[Criterion] = L1()
 
     def __post_init__(self) -> None:
         _check_sparsity(type(self).__name__, self.sparsity)
@@ -147,7 +147,6 @@ class L1Filter(Pruner):
                     round_to=max(self.round_to, group.multiple),
                     min_kept=max(self.min_kept, group.min_kept),
                 )
-        ranking = problem.rank(self.criterion, list(groups))
-        yield from ()
+        ranking = yield from problem.rank(self.criterion, list(groups))
         winner: Candidate = problem.candidate(counts, ranking)
         return winner

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from raycompress.budget import Allocator, Budget
-from raycompress.criteria import CRITERIA, rank
-from raycompress.errors import ConfigError
+from raycompress.criteria import Criterion, ranking_of
+from raycompress.errors import ConfigError, EvaluationError
 from raycompress.executor import LocalExecutor
 from raycompress.masks import Masks
-from raycompress.search import Candidate, Executor, Ranking, Search, Training, run_search
-from raycompress.structure import Structure, analyze
+from raycompress.search import Candidate, Executor, Ranking, Search, Training, Trial, run_search
+from raycompress.structure import Structure, analyze, expand
 from raycompress.targets import Target, select_groups, select_layers
 from raycompress.task import Task
 from raycompress.weights import Weights, WeightStore
@@ -32,6 +35,7 @@ class Problem:
         structure: Its analysis.
         weights: Digest of its weights.
         executor: Where rankings are published; the search itself only yields.
+        store: Holds weights and statistics by digest.
         budget: What may be kept; None: the pruner's own sparsity decides.
         targets: Which layers may be pruned; empty: all.
         seed: Of everything that the search draws.
@@ -41,6 +45,7 @@ class Problem:
     structure: Structure
     weights: str
     executor: Executor
+    store: WeightStore
     budget: Budget | None = None
     targets: Sequence[Target] = ()
     seed: int = 0
@@ -53,23 +58,94 @@ class Problem:
         """Targeted layers, with the sparsity that targets ask for."""
         return select_layers(self.model, self.targets)
 
-    def rank(self, criterion: str, names: Sequence[str]) -> Ranking:
-        """Ranks groups (or, for single weights, layers) and makes the ranking known."""
-        ranking = rank(CRITERIA[criterion](), self.model, self.structure, names)
+    def scores(
+        self, criterion: Criterion, names: Sequence[str], weights: str | None = None
+    ) -> Generator[Sequence[Candidate], list[Trial], dict[str, Tensor]]:
+        """Scores groups (or, for single weights, layers): `yield from` it in a search.
+
+        A criterion that needs data has them collected on a replica.
+
+        Args:
+            criterion: Scores.
+            names: Of channel groups; for a criterion of single weights, of layers.
+            weights: Digest of the weights that are scored; None: the dense model's own.
+
+        Raises:
+            EvaluationError: Collecting failed.
+        """
+        parent = self.weights if weights is None else weights
+        statistics: Mapping[str, Tensor] = {}
+        if criterion.needs_data:
+            trial = (yield [Candidate(parent, collect=criterion)])[0]
+            if trial.weights is None:
+                raise EvaluationError(f"{type(criterion).__name__}: {trial.failure}")
+            statistics = self.store.get(trial.weights).state
+        return criterion.scores(self.dense(parent), self.structure, names, statistics)
+
+    def rank(
+        self, criterion: Criterion, names: Sequence[str], weights: str | None = None
+    ) -> Generator[Sequence[Candidate], list[Trial], Ranking]:
+        """Ranks what `scores` scores and makes the ranking known: `yield from` it in a search."""
+        scores = yield from self.scores(criterion, names, weights)
+        return self.ranking(criterion.kind, scores, weights)
+
+    def ranking(
+        self,
+        kind: Literal["channels", "weights"],
+        scores: Mapping[str, Tensor],
+        weights: str | None = None,
+    ) -> Ranking:
+        """Ranks by scores and makes the ranking known; what is removed already goes first."""
+        parent = self.weights if weights is None else weights
+        ranking = ranking_of(kind, scores, self.removed(kind, list(scores), parent))
         self.executor.publish(ranking)
         return ranking
+
+    def removed(
+        self, kind: Literal["channels", "weights"], keys: Sequence[str], weights: str
+    ) -> dict[str, Tensor]:
+        """Units that are gone in some weights: bool tensors by the keys of a ranking."""
+        if weights == self.weights:
+            return {}
+        stored = self.store.get(weights)
+        if kind == "weights":
+            return {key: stored.state[key] == 0 for key in keys}
+        gone = {}
+        for key in keys:
+            if key in stored.kept:
+                gone[key] = torch.ones(self.structure.group(key).num_channels, dtype=torch.bool)
+                gone[key][list(stored.kept[key])] = False
+        return gone
+
+    def dense(self, weights: str) -> nn.Module:
+        """A model of stored weights in dense shapes, on the CPU; what was removed is zero."""
+        if weights == self.weights:
+            return self.model
+        stored = self.store.get(weights)
+        state: Mapping[str, Tensor] = stored.state
+        if stored.kept:
+            kept = {name: list(indices) for name, indices in stored.kept.items()}
+            state = expand(self.structure, self.model, stored.state, kept)
+        model = copy.deepcopy(self.model)
+        model.load_state_dict(dict(state))
+        return model
 
     def candidate(
         self,
         counts: Mapping[str, int],
         ranking: Ranking,
         *,
+        weights: str | None = None,
         recalibrate: int = 0,
         training: Training | None = None,
     ) -> Candidate:
-        """A candidate of this problem's model."""
+        """A candidate of this problem's model, or of other weights of it."""
         return Candidate.of(
-            counts, ranking, weights=self.weights, recalibrate=recalibrate, training=training
+            counts,
+            ranking,
+            weights=self.weights if weights is None else weights,
+            recalibrate=recalibrate,
+            training=training,
         )
 
 
@@ -112,7 +188,8 @@ class Pruner(ABC):
         """Runs the search in this process; needs neither Ray nor a job.
 
         Args:
-            model: Dense and trained, on the CPU; read only.
+            model: Dense, on the CPU. Pruners that train leave it with the trained weights; the
+                others only read it.
             task: Judges candidates.
             targets: Which layers may be pruned; empty: all.
             budget: What may be kept, such as {"macs": "50%"}.
@@ -133,12 +210,17 @@ class Pruner(ABC):
                 structure=structure,
                 weights=digest,
                 executor=executor,
+                store=store,
                 budget=None if budget is None else Budget.of(budget),
                 targets=targets,
                 seed=seed,
             )
             winner = run_search(self.search(problem), executor)
-            return executor.host.masks(winner)
+            masks = executor.host.masks(winner)
+            if winner.training is not None or winner.weights != digest:
+                trained = executor.evaluate([winner])[0].weights or winner.weights
+                model.load_state_dict(problem.dense(trained).state_dict())
+            return masks
 
 
 def allocator(

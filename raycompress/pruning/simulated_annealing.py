@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from raycompress.budget import Allocator
-from raycompress.criteria import CRITERIA
+from raycompress.criteria import criterion
 from raycompress.errors import ConfigError
 from raycompress.pruning.pruner import Problem, Pruner, allocator
 from raycompress.search import Candidate, Search, Trial
@@ -38,7 +38,7 @@ class SimulatedAnnealing(Pruner):
     allocation ever seen wins.
 
     Attributes:
-        criterion: Which channels of a group go first: "l1" or "l2".
+        criterion: Which channels of a group go first: a name such as "l1", or an import path.
         iterations: Annealing steps after the first, which calibrates.
         neighbours: Proposals for each step; evaluated in parallel, and never derived from the
             number of workers.
@@ -52,7 +52,7 @@ class SimulatedAnnealing(Pruner):
         min_kept: Never fewer channels in a group.
     """
 
-    criterion: Literal["l1", "l2"] = "l1"
+    criterion: str = "l1"
     iterations: int = 40
     neighbours: int = 4
     start_acceptance: float = 0.8
@@ -64,10 +64,7 @@ class SimulatedAnnealing(Pruner):
     min_kept: int = 1
 
     def __post_init__(self) -> None:
-        if self.criterion not in CRITERIA or CRITERIA[self.criterion].kind != "channels":
-            raise ConfigError(
-                f"SimulatedAnnealing.criterion must be 'l1' or 'l2', got {self.criterion!r}"
-            )
+        criterion(self.criterion, "SimulatedAnnealing.criterion", "channels")
         for name, least in (
             ("iterations", 0),
             ("neighbours", 1),
@@ -100,7 +97,8 @@ class SimulatedAnnealing(Pruner):
         fitter = allocator(
             problem, list(groups), "SimulatedAnnealing", self.round_to, self.min_kept
         )
-        ranking = problem.rank(self.criterion, list(groups))
+        ranks = criterion(self.criterion, "SimulatedAnnealing.criterion", "channels")
+        ranking = yield from problem.rank(ranks, list(groups))
 
         def candidates(several: Sequence[Mapping[str, int]]) -> list[Candidate]:
             return [

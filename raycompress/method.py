@@ -1,0 +1,60 @@
+"""Training methods: what happens around the steps of a training unit, on the replica.
+
+The user's training loop is left alone: a method acts through hooks on the optimizer's steps
+(`steps.py`), or replaces the loss of the run's own copy of the task.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from raycompress.masks import Masks
+from raycompress.structure import Structure
+from raycompress.task import Task
+from raycompress.weights import Weights
+
+__all__ = ["TrainingMethod", "TrainingRun"]
+
+
+@dataclass
+class TrainingRun:
+    """One training unit while it runs.
+
+    Attributes:
+        model: What is trained, on `device`.
+        task: This run's own copy; a method may replace its `loss` or `forward`.
+        structure: Of the dense model.
+        masks: What is held at zero; empty for dense and slim models.
+        device: Where the model is.
+        weights: Loads weights by digest.
+        build: The model of stored weights, on `device`, in eval mode; a teacher, for instance.
+        step: Optimizer steps done, as far as the task's loop reports them.
+        num_steps: Of how many; 0 before the first report.
+        extra: Tensors to store beside the trained weights.
+    """
+
+    model: nn.Module
+    task: Task
+    structure: Structure
+    masks: Masks
+    device: torch.device
+    weights: Callable[[str], Weights]
+    build: Callable[[str], nn.Module]
+    step: int = 0
+    num_steps: int = 0
+    extra: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingMethod(ABC):
+    """Base of all methods: a frozen dataclass of plain fields, at a module's top level."""
+
+    @abstractmethod
+    def around(self, run: TrainingRun) -> AbstractContextManager[None]:
+        """Entered before `task.train` and left after it."""
