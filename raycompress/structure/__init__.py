@@ -1,7 +1,7 @@
 """Channel groups, exact cost and exact slimming of any PyTorch model."""
 
 from raycompress.structure.analyze import analyze
-from raycompress.structure.completion import Change, Completion
+from raycompress.structure.completion import Change, Completion, masks_of
 from raycompress.structure.cost import Cost, LayerCost
 from raycompress.structure.latency import LatencyRow, file_size, measure
 from raycompress.structure.model import ChannelGroup, Frozen, Member, Structure
@@ -27,6 +27,7 @@ __all__ = [
     "elementwise",
     "expand",
     "file_size",
+    "masks_of",
     "measure",
     "register_operator",
     "slim",

@@ -27,6 +27,8 @@ def analyze(
     *,
     ignore: Collection[str] = (),
     heads: Literal["whole", "dim"] = "whole",
+    round_to: int = 1,
+    min_kept: int = 1,
 ) -> Structure:
     """Finds the channel groups and the cost of a model by one eager forward pass.
 
@@ -37,6 +39,8 @@ def analyze(
         ignore: module names (a name covers what is below it) or class names whose channels are
             protected.
         heads: attention loses whole heads ("whole") or the same positions of every head ("dim").
+        round_to: layers keep a multiple of so many outputs, see `Structure.limited`.
+        min_kept: fewest channels that a group keeps.
 
     Raises:
         StructureError: the model doesn't run on the example inputs, or `ignore` names nothing.
@@ -68,7 +72,7 @@ def analyze(
         if stopped is None or not freeze_sizes_of(seen, *stopped, tried):
             break
         structure = _collect(seen, model, heads)
-    return structure
+    return structure.limited(round_to=round_to, min_kept=min_kept)
 
 
 def _collect(seen: Trace, model: nn.Module, heads: Literal["whole", "dim"]) -> Structure:

@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from raycompress.errors import StructureError
-from raycompress.structure.model import ChannelGroup, Member, Structure
+from raycompress.structure.model import AnyMasks, ChannelGroup, Member, Structure
 
-__all__ = ["Change", "Completion", "complete", "kept_from_masks"]
+__all__ = ["Change", "Completion", "complete", "kept_from_masks", "masks_of"]
 
 
 @dataclass(frozen=True)
 class Change:
-    """What completing did to a group: channels each layer wanted to lose, and channels lost."""
+    """What completing did to a group.
+
+    Attributes:
+        group: its name.
+        asked: for each producing layer, the channels that its masks remove.
+        removed: the channels that go.
+        added: parameters of the group that had no mask although channels go: removed with the
+            channel are its bias and norm shift too, which the masks kept. Where they aren't zero,
+            the completed model computes something else; `fold_constants` mends that.
+        note: why the layers didn't get what they asked for, "" if they did.
+    """
 
     group: str
-    asked: dict[str, int]
-    removed: int
+    asked: dict[str, tuple[int, ...]]
+    removed: tuple[int, ...]
+    added: tuple[str, ...]
     note: str
 
 
@@ -35,7 +47,7 @@ class Completion:
         masks: parameter name -> bool tensor, True = keep.
         kept: group name -> kept channel indices.
         changes: groups whose masks had to change.
-        dropped: parameters whose masks could not be used at all, with the reason.
+        dropped: parameters whose masks remove something that stays in any case, with the reason.
     """
 
     masks: dict[str, Tensor]
@@ -44,7 +56,20 @@ class Completion:
     dropped: dict[str, str]
 
 
-def checked(structure: Structure, masks: Mapping[str, Tensor]) -> dict[str, NDArray[np.bool_]]:
+def masks_of(model: nn.Module) -> dict[str, Tensor]:
+    """The masks that `torch.nn.utils.prune` left in a model, by parameter name, True = keep.
+
+    Read them first, make them permanent with `torch.nn.utils.prune.remove`, then analyse.
+    """
+    originals = dict(model.named_parameters())
+    return {
+        name.removesuffix("_mask"): mask.bool()
+        for name, mask in model.named_buffers()
+        if name.endswith("_mask") and f"{name.removesuffix('_mask')}_orig" in originals
+    }
+
+
+def checked(structure: Structure, masks: AnyMasks) -> dict[str, NDArray[np.bool_]]:
     """Masks by first name, as arrays.
 
     Raises:
@@ -52,10 +77,10 @@ def checked(structure: Structure, masks: Mapping[str, Tensor]) -> dict[str, NDAr
     """
     first = {a: leaf.name for leaf in structure.leaves.values() for a in leaf.aliases}
     result: dict[str, NDArray[np.bool_]] = {}
-    for name, mask in masks.items():
+    for name, mask in _flat(masks):
         leaf = structure.leaves.get(first.get(name, name))
         if leaf is None or not leaf.is_parameter:
-            raise StructureError(f"mask for {name!r}: the model has no such parameter")
+            raise StructureError(_unknown(structure, name))
         if tuple(mask.shape) != leaf.shape:
             raise StructureError(
                 f"mask for {name!r} has shape {tuple(mask.shape)}, the parameter {leaf.shape}"
@@ -64,6 +89,31 @@ def checked(structure: Structure, masks: Mapping[str, Tensor]) -> dict[str, NDAr
         before = result.get(leaf.name)
         result[leaf.name] = values if before is None else np.logical_and(before, values)
     return result
+
+
+def _flat(masks: AnyMasks) -> Iterator[tuple[str, Tensor]]:
+    for name, value in masks.items():
+        inner = value.items() if isinstance(value, Mapping) else [("", value)]
+        for key, mask in inner:
+            full = f"{name}.{key}" if key and name else name or key
+            if isinstance(mask, Tensor):
+                yield full, mask
+            elif mask is not None or not key:  # NNI writes None where a layer has no bias
+                raise StructureError(
+                    f"mask for {full!r} must be a tensor, got {type(mask).__name__}"
+                )
+
+
+def _unknown(structure: Structure, name: str) -> str:
+    names = [leaf.name for leaf in structure.leaves.values() if leaf.is_parameter]
+    if any(n.rpartition(".")[0] == name for n in names):
+        return (
+            f"mask for {name!r}: the model has no such parameter, {name!r} is a module; "
+            f'name {name + ".weight"!r}, or give {{{name!r}: {{"weight": mask}}}}'
+        )
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"mask for {name!r}: the model has no such parameter{hint}"
 
 
 def lines_gone(mask: NDArray[np.bool_], dim: int) -> NDArray[np.bool_]:
@@ -77,7 +127,7 @@ def _by_member(member: Member, gone: NDArray[np.bool_]) -> NDArray[np.bool_]:
     return np.asarray(np.all(gone[member.indices], axis=1), dtype=np.bool_)
 
 
-def kept_from_masks(structure: Structure, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def kept_from_masks(structure: Structure, masks: AnyMasks) -> dict[str, Tensor]:
     """Kept indices of each group that complete masks describe."""
     given = checked(structure, masks)
     kept: dict[str, Tensor] = {}
@@ -126,22 +176,29 @@ def _difference(
 
 def complete(
     structure: Structure,
-    masks: Mapping[str, Tensor],
+    masks: AnyMasks,
     *,
     rule: Literal["intersection", "union"] = "intersection",
 ) -> Completion:
     """Completes masks of single layers to whole groups.
 
-    A producing layer asks to lose the channels whose output rows its masks (weight or bias)
-    remove entirely. "intersection", NNI's rule: a channel goes if every producing layer of its
-    group asks for it, so a layer that was left alone keeps the group whole. "union": it goes if
-    any asks. Fine-grained masks ask for nothing. A group never loses its last channels.
+    A producing layer asks to lose the channels whose outputs its masks (weight or bias) remove
+    entirely. "intersection", NNI's rule: a channel goes if every producing layer of its group
+    asks for it, so a layer that was left alone keeps the group whole. "union": it goes if any
+    asks. Fine-grained masks, and masks of inputs or norms alone, ask for nothing. Where the limits
+    of the group (`min_kept`, `multiple`) forbid the count, the first of the channels that would
+    go stay.
 
     Args:
         structure: of the dense model.
-        masks: parameter name -> bool tensor of its shape, True = keep.
+        masks: by parameter name, or by module and then parameter; nonzero = keep.
         rule: how the layers of one group agree.
+
+    Raises:
+        StructureError: unknown names, wrong shapes, an unknown rule.
     """
+    if rule not in ("intersection", "union"):
+        raise StructureError(f"rule must be 'intersection' or 'union', got {rule!r}")
     given = checked(structure, masks)
     kept: dict[str, Tensor] = {}
     changes: list[Change] = []
@@ -151,26 +208,36 @@ def complete(
         if not any(a.any() for a in asked.values()):
             continue
         votes = np.stack(list(asked.values()))
-        agreed = np.all(votes, axis=0) if rule == "intersection" else np.any(votes, axis=0)
-        gone = np.asarray(agreed, dtype=np.bool_)
+        gone = np.all(votes, axis=0) if rule == "intersection" else np.any(votes, axis=0)
         note = "" if (votes == gone).all() else f"layers disagree; {rule} taken"
-        if group.num_channels - gone.sum() < group.min_kept:
-            spared = np.flatnonzero(gone)[: group.min_kept]
-            gone[spared] = False
-            note = "the last channels are kept"
+        left = group.num_channels - int(gone.sum())
+        if left != group.round_up(left):
+            gone[np.flatnonzero(gone)[: group.round_up(left) - left]] = False
+            note = f"{group.round_up(left)} channels must be kept"
+        added: tuple[str, ...] = ()
         if gone.any():
             kept[group.name] = torch.from_numpy(np.flatnonzero(~gone))
-        if note:
-            counts = {k: int(v.sum()) for k, v in asked.items()}
-            changes.append(Change(group.name, counts, int(gone.sum()), note))
+            own = dict.fromkeys(m.parameter for m in group.members if m.role != "consumer")
+            added = tuple(n for n in own if n not in given and structure.leaves[n].is_parameter)
+        if note or added:
+            channels = {k: tuple(np.flatnonzero(v).tolist()) for k, v in asked.items()}
+            removed = tuple(np.flatnonzero(gone).tolist())
+            changes.append(Change(group.name, channels, removed, added, note))
+    complete_masks = structure.masks(kept)
     dropped = {}
     for name, mask in given.items():
-        if name not in used and not mask.all():
-            dropped[name] = next(
-                (f.reason for f in structure.frozen if f.parameter == name),
-                "removes no whole output channel",
-            )
-    return Completion(structure.masks(kept), kept, tuple(changes), dropped)
+        final = complete_masks.get(name)
+        if name in used or (mask | (~final.numpy() if final is not None else False)).all():
+            continue
+        dropped[name] = next(
+            (
+                f.reason
+                for f in structure.frozen
+                if f.parameter == name and lines_gone(mask, f.dim).any()
+            ),
+            "removes no whole output channel",
+        )
+    return Completion(complete_masks, kept, tuple(changes), dropped)
 
 
 def _asked(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -17,10 +18,21 @@ from raycompress.structure.cost import Cost, CostModel, LayerCost
 if TYPE_CHECKING:
     from raycompress.structure.completion import Completion
 
-__all__ = ["AttributeFix", "ChannelGroup", "Frozen", "LeafShape", "Member", "Structure"]
+__all__ = [
+    "AnyMasks",
+    "AttributeFix",
+    "ChannelGroup",
+    "Frozen",
+    "Kept",
+    "LeafShape",
+    "Member",
+    "Structure",
+]
 
 Role = Literal["producer", "norm", "consumer", "elementwise"]
 Kept = Mapping[str, Sequence[int] | NDArray[np.int64] | Tensor]
+# "layer.weight" -> mask, or, as NNI has it, "layer" -> {"weight": mask}.
+AnyMasks = Mapping[str, Tensor] | Mapping[str, Mapping[str, Tensor | None]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +65,7 @@ class ChannelGroup:
         exact: whether the slim model computes the same as the masked one.
         reason: the operation across channels that makes it differ, "" if exact.
         min_kept: fewest channels that may be kept.
-        multiple: kept counts must be a multiple of this.
+        multiple: kept counts must be a multiple of this, or all.
     """
 
     name: str
@@ -65,6 +77,11 @@ class ChannelGroup:
     reason: str = ""
     min_kept: int = 1
     multiple: int = 1
+
+    def round_up(self, count: int) -> int:
+        """The smallest count that may be kept and is at least `count`."""
+        wanted = max(count, self.min_kept, 1)
+        return min(-(-wanted // self.multiple) * self.multiple, self.num_channels)
 
 
 @dataclass(frozen=True)
@@ -130,6 +147,29 @@ class Structure:
         known = ", ".join(g.name for g in self.groups[:8])
         raise StructureError(f"no channel group {name!r}; groups are {known}, ...")
 
+    def limited(self, *, round_to: int = 1, min_kept: int = 1) -> Structure:
+        """The same structure with limits on what may be kept of each group.
+
+        Args:
+            round_to: the kept channels of a group give each layer that produces them a multiple
+                of so many outputs. A channel that is a whole head of 64 gives 64 at once.
+            min_kept: fewest kept channels, counted as `num_channels` counts. A group that can't
+                meet the limits stays whole.
+
+        Raises:
+            StructureError: a limit is below 1.
+        """
+        for key, value in (("round_to", round_to), ("min_kept", min_kept)):
+            if value < 1:
+                raise StructureError(f"{key} must be at least 1, got {value}")
+        groups = []
+        for g in self.groups:
+            steps = {m.indices.shape[1] for m in g.members if m.role == "producer"}
+            multiple = math.lcm(*(round_to // math.gcd(round_to, s) for s in steps))
+            limited = replace(g, multiple=multiple, min_kept=min(min_kept, g.num_channels))
+            groups.append(replace(limited, min_kept=limited.round_up(min_kept)))
+        return replace(self, groups=tuple(groups))
+
     def cost(self, kept: Mapping[str, int] | None = None) -> Cost:
         """Cost with `kept[group]` channels of each group; groups left out stay whole."""
         return self.sizes.cost(self.counts(kept))
@@ -146,6 +186,10 @@ class Structure:
                 at = self.sizes.index.get(name)
                 if at is None:
                     raise StructureError(f"no channel group {name!r}")
+                if not 0 <= count <= self.sizes.full[at]:
+                    raise StructureError(
+                        f"group {name!r} has {self.sizes.full[at]} channels, asked for {count}"
+                    )
                 counts[at] = count
         return counts
 
@@ -167,15 +211,8 @@ class Structure:
                 raise StructureError(f"group {name!r}: a channel index is given twice")
             if len(unique) and (unique[0] < 0 or unique[-1] >= n):
                 raise StructureError(f"group {name!r} has channels 0..{n - 1}, got {unique[-1]}")
-            if len(unique) < group.min_kept:
-                raise StructureError(
-                    f"group {name!r} must keep at least {group.min_kept} of its {n} channels, "
-                    f"got {len(unique)}: a layer would be empty"
-                )
-            if len(unique) % group.multiple and len(unique) != n:
-                raise StructureError(
-                    f"group {name!r} must keep a multiple of {group.multiple}, got {len(unique)}"
-                )
+            if len(unique) < group.min_kept or len(unique) != group.round_up(len(unique)):
+                raise StructureError(_not_allowed(group, len(unique)))
             result[group.name] = unique
         return result
 
@@ -209,8 +246,11 @@ class Structure:
             mask &= torch.from_numpy(vector).reshape(shape)
         return masks
 
-    def kept(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def kept(self, masks: AnyMasks) -> dict[str, Tensor]:
         """Kept channel indices of each group that loses some; the inverse of `masks`.
+
+        Args:
+            masks: by parameter name, or by module and then parameter; nonzero = keep.
 
         Raises:
             StructureError: unknown names, wrong shapes, masks that don't cover whole channels
@@ -222,7 +262,7 @@ class Structure:
 
     def complete(
         self,
-        masks: Mapping[str, Tensor],
+        masks: AnyMasks,
         *,
         rule: Literal["intersection", "union"] = "intersection",
     ) -> Completion:
@@ -234,3 +274,15 @@ class Structure:
     def names(self) -> Iterable[str]:
         """Names of all groups, in order."""
         return (g.name for g in self.groups)
+
+
+def _not_allowed(group: ChannelGroup, asked: int) -> str:
+    n, step = group.num_channels, group.multiple
+    if group.min_kept == n:
+        allowed = f"all {n} channels"
+    elif step == 1:
+        allowed = f"{group.min_kept} to {n} channels"
+    else:
+        allowed = f"a multiple of {step} channels from {group.min_kept} on, or all {n}"
+    empty = "; a layer would be empty" if asked == 0 else ""
+    return f"group {group.name!r} can keep {allowed}, asked for {asked}{empty}"

@@ -12,24 +12,36 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from raycompress.errors import StructureError
-from raycompress.structure.model import Kept, Structure
+from raycompress.structure.model import AnyMasks, Kept, Structure
 
 __all__ = ["expand", "slim"]
 
 _Vectors = dict[tuple[str, int], NDArray[np.bool_]]
 
 
-def slim(model: nn.Module, structure: Structure, kept: Kept) -> nn.Module:
+def slim(
+    model: nn.Module,
+    structure: Structure,
+    kept: Kept | None = None,
+    *,
+    masks: AnyMasks | None = None,
+) -> nn.Module:
     """A copy of the model with only the kept channels: the same class, smaller and trainable.
 
     Args:
         model: the dense model that was analysed, with any weights.
         structure: its structure.
         kept: group name -> kept channel indices; groups left out stay whole.
+        masks: complete masks of whole channels instead of `kept`, see `Structure.kept`.
 
     Raises:
-        StructureError: `kept` or the model doesn't fit the structure.
+        StructureError: `kept`, `masks` or the model doesn't fit the structure.
     """
+    if (kept is None) == (masks is None):
+        raise StructureError("slim takes either kept channels or masks")
+    if kept is None:
+        assert masks is not None
+        kept = structure.kept(masks)
     vectors = structure.keep_vectors(kept)
     by_name: dict[str, list[tuple[int, Tensor]]] = {}
     for (name, dim), vector in vectors.items():

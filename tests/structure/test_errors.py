@@ -113,22 +113,6 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
         analyze(Plain(), (torch.zeros(1, 4, 8, 8),))
 
 
-def test_completion_follows_the_stated_rule_and_reports() -> None:
-    structure = analyze(Residual(), EXAMPLE)
-    rows = torch.ones(8, 6, 3, 3, dtype=torch.bool)
-    rows[[1, 5]] = False
-    stem = torch.ones(8, 3, 3, 3, dtype=torch.bool)
-    stem[[1, 2]] = False
-    both = {"b.weight": rows, "stem.0.weight": stem}
-    agreed = structure.complete(both)
-    assert agreed.kept["stem.0"].tolist() == [0, 2, 3, 4, 5, 6, 7]
-    assert structure.kept(agreed.masks)["stem.0"].tolist() == agreed.kept["stem.0"].tolist()
-    assert agreed.changes[0].asked == {"stem.0": 2, "b": 2}
-    any_of_them = structure.complete(both, rule="union")
-    assert any_of_them.kept["stem.0"].tolist() == [0, 3, 4, 6, 7]
-    assert structure.complete({"b.weight": rows}).kept == {}
-
-
 def test_groups_tell_their_producers_and_roles() -> None:
     structure = analyze(SqueezeExcite(), EXAMPLE)
     group = structure.group("stem.0")
