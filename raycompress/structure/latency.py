@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,14 +15,37 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-__all__ = ["LatencyRow", "file_size", "measure"]
+from raycompress.structure.memory import peak_bytes
+
+__all__ = [
+    "Inputs",
+    "LatencyRow",
+    "batch_of",
+    "file_size",
+    "forward",
+    "measure",
+    "measuring",
+    "synchronize",
+]
 
 Inputs = tuple[Any, ...] | dict[str, Any] | Tensor
 
 
 @dataclass(frozen=True)
 class LatencyRow:
-    """Forward time of one model at one batch size, in milliseconds; p10 and p90 are the spread."""
+    """One model at one batch size.
+
+    Attributes:
+        name: of the model.
+        batch_size: examples in a forward pass.
+        median_ms: milliseconds of a forward pass, the median.
+        p10_ms: 10th percentile.
+        p90_ms: 90th percentile.
+        repeats: timed passes; fewer than asked for if time ran out.
+        min_ms: the fastest pass; least disturbed by what else the machine does.
+        peak_bytes: most memory that the pass takes beyond parameters and inputs.
+        file_bytes: of the model's weights as a file.
+    """
 
     name: str
     batch_size: int
@@ -27,6 +53,9 @@ class LatencyRow:
     p10_ms: float
     p90_ms: float
     repeats: int
+    min_ms: float
+    peak_bytes: int
+    file_bytes: int
 
 
 def measure(
@@ -37,8 +66,13 @@ def measure(
     repeats: int = 20,
     warmup: int = 3,
     device: str | torch.device | None = None,
+    max_seconds: float | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[LatencyRow]:
     """Measures forward passes in evaluation and inference mode.
+
+    Each turn times every model once, in another random order, so that neither drift nor what ran
+    before favours one.
 
     Args:
         models: name -> model; each is moved to the device for the measurement and back.
@@ -48,53 +82,89 @@ def measure(
         repeats: timed passes of each model.
         warmup: passes of each model before.
         device: where; the device of the first model's first parameter if not given.
+        max_seconds: no turn starts after this many seconds, shared evenly by the batch sizes; the
+            first timed turn always does. None: no limit.
+        clock: seconds.
     """
     if device is None:
         device = next((p.device for m in models.values() for p in m.parameters()), "cpu")
     device = torch.device(device)
     rows = []
-    homes = {n: next((p.device for p in m.parameters()), device) for n, m in models.items()}
-    modes = [(m, m.training) for model in models.values() for m in model.modules()]
-    try:
-        for model in models.values():
-            model.to(device).eval()
+    sizes = {name: file_size(model) for name, model in models.items()}
+    with measuring(models.values(), device):
         for size in batch_sizes:
-            batch = inputs(size) if callable(inputs) else _resized(inputs, size)
-            batch = _moved(batch, device)
+            batch = batch_of(inputs, size, device)
+            start = clock()
             times: dict[str, list[float]] = {name: [] for name in models}
-            with torch.inference_mode():
-                for turn in range(warmup + repeats):
-                    for name, model in models.items():
-                        took = _timed(model, batch, device)
-                        if turn >= warmup:
-                            times[name].append(took)
-            for name, values in times.items():
-                p10, median, p90 = np.percentile(values, [10, 50, 90])
-                rows.append(
-                    LatencyRow(name, size, float(median), float(p10), float(p90), len(values))
+            peaks = {
+                n: peak_bytes(lambda m=m: forward(m, batch), device) for n, m in models.items()
+            }
+            order = list(models)
+            for turn in range(warmup + repeats):
+                late = max_seconds is not None and (
+                    clock() - start > max_seconds / len(batch_sizes)
                 )
-    finally:
-        for name, model in models.items():
-            model.to(homes[name])
-        for module, training in modes:
-            module.training = training
+                if late and turn < warmup:
+                    continue
+                if late and all(times.values()):
+                    break
+                random.Random(turn).shuffle(order)
+                for name in order:
+                    took = _timed(models[name], batch, device, clock)
+                    if turn >= warmup:
+                        times[name].append(took)
+            for name, values in times.items():
+                p10, median, p90 = (float(v) for v in np.percentile(values, [10, 50, 90]))
+                row = (name, size, median, p10, p90, len(values), min(values))
+                rows.append(LatencyRow(*row, peaks[name], sizes[name]))
     return rows
 
 
-def _timed(model: nn.Module, batch: Inputs, device: torch.device) -> float:
-    _wait(device)
-    start = time.perf_counter()
+@contextmanager
+def measuring(models: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
+    """Models on the device, in evaluation and inference mode; all is put back afterwards."""
+    models = list(models)
+    homes = [next((p.device for p in m.parameters()), device) for m in models]
+    modes = [(m, m.training) for model in models for m in model.modules()]
+    try:
+        for model in models:
+            model.to(device).eval()
+        with torch.inference_mode():
+            yield
+    finally:
+        for model, home in zip(models, homes, strict=True):
+            model.to(home)
+        for module, training in modes:
+            module.training = training
+
+
+def forward(model: nn.Module, batch: Inputs) -> Any:
+    """Calls a model with example inputs of any of the three forms."""
     if isinstance(batch, dict):
-        model(**batch)
-    else:
-        model(*(batch if isinstance(batch, tuple) else (batch,)))
-    _wait(device)
-    return (time.perf_counter() - start) * 1e3
+        return model(**batch)
+    return model(*(batch if isinstance(batch, tuple) else (batch,)))
 
 
-def _wait(device: torch.device) -> None:
+def _timed(
+    model: nn.Module, batch: Inputs, device: torch.device, clock: Callable[[], float]
+) -> float:
+    synchronize(device)
+    start = clock()
+    forward(model, batch)
+    synchronize(device)
+    return (clock() - start) * 1e3
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for what was launched on the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def batch_of(inputs: Callable[[int], Inputs] | Inputs, size: int, device: torch.device) -> Inputs:
+    """Inputs of a batch size on the device; tensors are repeated or cut along the first dim."""
+    batch: Inputs = _moved(inputs(size) if callable(inputs) else _resized(inputs, size), device)
+    return batch
 
 
 def _resized(value: Any, size: int) -> Any:
