@@ -96,9 +96,7 @@ def measure(
             batch = batch_of(inputs, size, device)
             start = clock()
             times: dict[str, list[float]] = {name: [] for name in models}
-            peaks = {
-                n: peak_bytes(lambda m=m: forward(m, batch), device) for n, m in models.items()
-            }
+            peaks = {n: peak_bytes(partial(forward, m, batch), device) for n, m in models.items()}
             order = list(models)
             for turn in range(warmup + repeats):
                 late = max_seconds is not None and (
