@@ -104,7 +104,9 @@ def finish_trial(
         kept = {name: list(indices) for name, indices in trained.kept.items()}
         masks: Masks = plan.structure.masks(kept)
         full = _load(plan.model, expand(plan.structure, plan.model, small.state_dict(), kept))
-        verdict = verify(full, small, plan.task.example_inputs(), structure=plan.structure)
+        verdict = verify(
+            full, small, plan.task.example_inputs(), structure=plan.structure, kept=kept
+        )
         if verdict.kind == "wrong":
             raise VerificationError(
                 f"{trial.name}: the slim model doesn't compute what the masked one does "

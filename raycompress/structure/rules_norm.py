@@ -8,7 +8,7 @@ from raycompress.structure.labels import Facets, varying
 from raycompress.structure.merge import merge
 from raycompress.structure.trace import Call, Rule
 
-__all__ = ["NORMS"]
+__all__ = ["NORMS", "in_training"]
 
 
 def _follow(call: Call, facets: Facets, shape: tuple[int, ...], at: int, names: str) -> Facets:
@@ -27,8 +27,18 @@ def _follow(call: Call, facets: Facets, shape: tuple[int, ...], at: int, names: 
     return facets
 
 
+def in_training(call: Call) -> bool:
+    """Whether a batch norm uses the statistics of its own input, over all dims but 1."""
+    return call.name == "aten::_batch_norm_with_update" or bool(call.before.get("training", False))
+
+
 def _batch_norm(call: Call) -> None:
     source: Tensor = call.arg("input")
+    if in_training(call):  # so weights are standardised, whose other dims are channels too
+        for facet in call.facets(source):
+            if any(d != 1 for d in varying(facet)):
+                reason = f"batch norm over channels in {call.tracer.module!r}"
+                call.space.mark_inexact(facet, reason)
     facets = _follow(
         call,
         list(call.facets(source)),
