@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from raycompress.structure.model import Structure
+from raycompress.structure.quiet import quiet
 from raycompress.structure.slim import slim
-from raycompress.structure.trace import Trace, quiet
+from raycompress.structure.trace import Trace
 
 __all__ = ["MAX_REPAIRS", "freeze_sizes_of", "stops_in"]
 

@@ -7,43 +7,23 @@ a rule freezes what it touches, is listed, and never raises.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from raycompress.structure.labels import Facets, LabelSpace, canonical, spread, varying
+from raycompress.structure.labels import Facets, LabelSpace, varying
+from raycompress.structure.leaves import Leaf, flat, leaves_of, mapped
+from raycompress.structure.quiet import quiet
+from raycompress.structure.views import remember_views, write_back
 
-__all__ = ["Call", "Leaf", "Rule", "SizeSeen", "Term", "Trace", "quiet", "trace"]
+__all__ = ["Call", "Leaf", "Rule", "SizeSeen", "Term", "Trace", "trace"]
 
 _LABELS = "_raycompress_facets"
 _DATA = "_raycompress_data"
-_VIEW = "_raycompress_view"
-
-
-@dataclass
-class Leaf:
-    """A parameter or buffer of the model.
-
-    Attributes:
-        name: its first name; `aliases` holds the others where it is tied.
-        facets: one for each dim of size > 1, made when an operator first reads the leaf.
-        starts: first label id along each dim (0: no labels).
-    """
-
-    name: str
-    aliases: tuple[str, ...]
-    tensor: Tensor
-    is_parameter: bool
-    facets: Facets | None = None
-    starts: list[int] = field(default_factory=list)
-    roles: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -133,6 +113,8 @@ class Trace:
     called: list[str] = field(default_factory=list)  # modules, in order of their first call
     outputs: dict[str, tuple[tuple[int, ...], Facets]] = field(default_factory=dict)  # of modules
     batch: int = 1
+    output: Any = None  # what the model returned
+    output: Any = None  # what the model returned
     _by_id: dict[int, Leaf] = field(default_factory=dict)
     _by_storage: dict[tuple[int, tuple[int, ...]], Leaf] = field(default_factory=dict)
     stack: list[str] = field(default_factory=list)
@@ -263,7 +245,7 @@ class _Mode(TorchDispatchMode):
             tracer.facets(t)
         if inputs:
             call.first_shape = tuple(inputs[0].shape)
-            call.first_layout = inputs[0].stride(), inputs[0].storage_offset()
+            call.first_layout = inputs[0].stride(), int(inputs[0].storage_offset())
         data = any(tracer.is_data(t) for t in inputs)
         call.out = self.run(call)
         outputs = _outputs(call.out)
@@ -275,7 +257,7 @@ class _Mode(TorchDispatchMode):
             self._unknown(call, inputs, outputs)
         else:
             rule(call)
-        self._views(call, bound, outputs, mutated)
+        self._written(call, outputs, mutated)
         return call.out
 
     def _unknown(self, call: Call, inputs: list[Tensor], outputs: list[Tensor]) -> None:
@@ -288,116 +270,25 @@ class _Mode(TorchDispatchMode):
         for t in outputs:
             tracer.set(t, [])
 
-    def _views(
-        self, call: Call, bound: dict[str, Any], outputs: list[Tensor], mutated: list[str]
-    ) -> None:
-        """Remembers views, so that writing into one also writes labels into its base."""
+    def _written(self, call: Call, outputs: list[Tensor], mutated: list[str]) -> None:
+        """Follows writes into views, remembers new views, and counts memory written anew."""
         tracer = self.tracer
         if mutated:
+            data = any(tracer.is_data(t) for t in call.tensors())
             for name in mutated:
-                if isinstance(bound[name], Tensor):
-                    _write_back(tracer, bound[name])
-                    for t in call.tensors():
-                        if tracer.is_data(t):
-                            setattr(bound[name], _DATA, True)
+                if isinstance(call.before[name], Tensor):
+                    if data:
+                        setattr(call.before[name], _DATA, True)
+                    write_back(tracer, call.before[name])
             return
-        returns = call.func._schema.returns
-        is_view = any(r.alias_info is not None for r in returns)
-        if is_view:
-            source = next((v for v in bound.values() if isinstance(v, Tensor)), None)
-            for i, t in enumerate(outputs):
-                if source is not None and t is not source:
-                    setattr(t, _VIEW, (source, call.func, call.args, call.kwargs, i))
-        else:
-            for t in outputs:
-                if tracer.is_data(t):
-                    item = t.element_size()
-                    tracer.terms.append(
-                        Term("bytes", tracer.module, item, tuple(t.shape), tuple(tracer.facets(t)))
-                    )
-
-
-def _write_back(tracer: Trace, view: Tensor) -> None:
-    """After an in-place write into a view: the labels of its base, element by element."""
-    link = getattr(view, _VIEW, None)
-    if link is None:
-        return
-    base, func, args, kwargs, index = link
-    written = tracer.facets(view)
-    old = tracer.facets(base)
-    if not written and not old:
-        return
-    result: Facets = []
-    free = list(old)
-    sources: list[Tensor | None] = list(written)
-    for facet in sources or [None]:
-        match = None
-        if facet is not None:
-            seen = [f for f in free if _shows(f, base, func, args, kwargs, index, varying(facet))]
-            match = seen[0] if seen else None
-        elif free:
-            match = free[0]
-        if match is not None:
-            free = [f for f in free if f is not match]
-            full = spread(match, base.shape).clone()
-        else:
-            full = torch.zeros(tuple(base.shape), dtype=torch.int64)
-        target = func(full, *args[1:], **kwargs)
-        target = target if isinstance(target, Tensor) else target[index]
-        if facet is None:
-            target.zero_()
-        else:
-            target.copy_(spread(facet, view.shape))
-        kept = canonical(full)
-        if kept is not None:
-            tracer.space.keep_rectangular([kept])
-            result.append(kept)
-    tracer.set(base, result + free)
-    _write_back(tracer, base)
-
-
-def _shows(
-    facet: Tensor, base: Tensor, func: Any, args: Any, kwargs: Any, index: int, dims: Any
-) -> bool:
-    """Whether the facet of the base varies along the same dims when seen through the view."""
-    seen = func(spread(facet, base.shape), *args[1:], **kwargs)
-    seen = canonical(seen if isinstance(seen, Tensor) else seen[index])
-    return seen is not None and varying(seen) == tuple(dims)
-
-
-@contextmanager
-def quiet(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no fused kernels that hide operators; everything is put back."""
-    modes = {m: m.training for m in model.modules()}
-    fast = torch.backends.mha.get_fastpath_enabled()
-    recurrent = any(isinstance(m, nn.RNNBase) for m in model.modules())
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        if recurrent:  # oneDNN runs a whole recurrent layer as one opaque operator
-            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
-        torch.backends.mha.set_fastpath_enabled(False)
-        model.eval()
-        try:
-            yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast)
-            for module, training in modes.items():
-                module.training = training
-
-
-def _leaves(model: nn.Module) -> list[Leaf]:
-    found: dict[int, Leaf] = {}
-    named: list[tuple[str, Tensor, bool]] = [
-        (n, t, True) for n, t in model.named_parameters(remove_duplicate=False)
-    ]
-    named += [(n, t, False) for n, t in model.named_buffers(remove_duplicate=False)]
-    for name, tensor, is_parameter in named:
-        if id(tensor) in found:
-            found[id(tensor)].aliases += (name,)
-        else:
-            found[id(tensor)] = Leaf(name, (), tensor, is_parameter)
-    return list(found.values())
+        if any(r.alias_info is not None for r in call.func._schema.returns):
+            remember_views(call, outputs)
+            return
+        for t in outputs:
+            if tracer.is_data(t):
+                facets = tuple(tracer.facets(t))
+                size = t.element_size()
+                tracer.terms.append(Term("bytes", tracer.module, size, tuple(t.shape), facets))
 
 
 def _as_written(call: Call) -> Any:
@@ -420,8 +311,8 @@ def trace(
         find: the rule of an operator.
         run: computes an operator's outputs, which must have the usual shapes.
     """
-    tracer = Trace(LabelSpace(), _leaves(model))
-    inputs = [t for t in _flat((args, kwargs)) if isinstance(t, Tensor)]
+    tracer = Trace(LabelSpace(), leaves_of(model))
+    inputs = [t for t in flat((args, kwargs)) if isinstance(t, Tensor)]
     tracer.batch = next((t.shape[0] for t in inputs if t.dim()), 1)
     handles = []
     for name, module in model.named_modules():
@@ -441,14 +332,14 @@ def trace(
         handles.append(module.register_forward_hook(leave))
     try:
         with quiet(model):
-            args, kwargs = _map((args, kwargs), _fresh_input)
+            args, kwargs = mapped((args, kwargs), _fresh_input)
             with _Mode(tracer, find, run):
                 out = model(*args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()
     tracer.output = out
-    for tensor in _flat(out):
+    for tensor in flat(out):
         if isinstance(tensor, Tensor):
             for facet in tracer.facets(tensor):
                 tracer.space.freeze(facet, "reaches the model's output")
@@ -462,26 +353,3 @@ def _fresh_input(value: Any) -> Any:
     setattr(value, _DATA, True)
     setattr(value, _LABELS, [])
     return value
-
-
-def _map(value: Any, function: Callable[[Any], Any]) -> Any:
-    if isinstance(value, dict):
-        return {k: _map(v, function) for k, v in value.items()}
-    if isinstance(value, tuple) and not hasattr(value, "_fields"):
-        return tuple(_map(v, function) for v in value)
-    if isinstance(value, list):
-        return [_map(v, function) for v in value]
-    return function(value)
-
-
-def _flat(value: Any) -> list[Any]:
-    """Tensors in any nesting of containers; objects are searched by their attributes."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        return [t for v in value.values() for t in _flat(v)]
-    if isinstance(value, (list, tuple, set)):
-        return [t for v in value for t in _flat(v)]
-    if hasattr(value, "__dict__") and not isinstance(value, (nn.Module, type)):
-        return [t for v in vars(value).values() for t in _flat(v)]
-    return []
