@@ -82,8 +82,8 @@ def verify(
     for name, model in (("masked", masked), ("slim", slim)):
         try:
             outputs.append(_run(model, inputs, dtype))
-        except Exception as error:  # whatever foreign code raises: it doesn't run
-            text = f"the {name} model doesn't run: {type(error).__name__}: {error}"
+        except Exception as problem:  # whatever foreign code raises: it doesn't run
+            text = f"the {name} model doesn't run: {type(problem).__name__}: {problem}"
             return Verdict("wrong", float("inf"), (text,))
     expected, got = outputs
     if [t.shape for t in expected] != [t.shape for t in got]:
