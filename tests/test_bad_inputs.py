@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from raycompress.cli import app
+from raycompress.criteria import CRITERIA
 
 HERE = Path(__file__).parent
 BASE = """\
@@ -206,7 +207,9 @@ CASES = {
         [("{type: L1Filter}", "{type: SimulatedAnnealing, criterion: level}")],
         "",
         [],
-        "FILE, line 4: pruners[0].criterion must be one of 'l1', 'l2', got 'level'",
+        "FILE, line 4: pruners[0].criterion: 'level' scores weights, and channels are pruned here; "
+        f"allowed: {', '.join(n for n, c in CRITERIA.items() if c.kind == 'channels')}, "
+        "or package.module:Class",
     ),
     "name that is no folder's": (
         [("name: bad", "name: a/b")],

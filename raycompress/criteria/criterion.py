@@ -43,8 +43,8 @@ class Criterion(Collector):
     needs_data: ClassVar[bool] = False
     """Whether statistics are collected first."""
     normalised: ClassVar[bool] = True
-    """Each member's scores are divided by their mean, so that layers of different scale weigh the
-    same; false where scores of different layers are comparable by themselves, such as Taylor's."""
+    """Each member's scores are divided by their mean magnitude, so that layers of different scale
+    weigh the same; false where those of different layers are comparable by themselves."""
 
     def __post_init__(self) -> None:
         if self.combine not in ("sum", "mean", "max"):
@@ -120,7 +120,7 @@ class Criterion(Collector):
             return torch.zeros(group.num_channels, dtype=torch.float64)
         if self.normalised:
             tiny = torch.finfo(torch.float64).tiny
-            members = [scores / scores.mean().clamp_min(tiny) for scores in members]
+            members = [scores / scores.abs().mean().clamp_min(tiny) for scores in members]
         stacked = torch.stack(members)
         if self.combine == "max":
             return stacked.amax(dim=0)

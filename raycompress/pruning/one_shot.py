@@ -1,25 +1,32 @@
-"""One-shot pruners: rank once, remove once."""
+"""One-shot pruning of channels: rank once, remove once; the criterion is what differs."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Literal
 
-from raycompress.criteria import L1, Criterion, Magnitude
-from raycompress.errors import BudgetError, ConfigError
+from torch import Tensor
+
+from raycompress.criteria import L1, L2, Criterion, criterion
+from raycompress.errors import ConfigError
 from raycompress.masks import num_kept
+from raycompress.pruning.allocation import below_budget, globally, order_of_removal
 from raycompress.pruning.pruner import Problem, Pruner, allocator
 from raycompress.search import Candidate, Search
 
-__all__ = ["L1Filter", "Level"]
+__all__ = ["ChannelPruner", "L1Filter", "L2Filter", "OneShot", "check_sparsity", "sparsity_of"]
 
 
-def _check_sparsity(pruner: str, sparsity: float | None) -> None:
+def check_sparsity(pruner: str, sparsity: float | None, name: str = "sparsity") -> None:
+    """Raises a ConfigError for what is no fraction in [0, 1)."""
     if sparsity is not None and not 0 <= sparsity < 1:
-        raise ConfigError(f"{pruner}.sparsity must be in [0, 1), got {sparsity:g}")
+        raise ConfigError(f"{pruner}.{name} must be in [0, 1), got {sparsity:g}")
 
 
-def _sparsity_of(pruner: str, name: str, own: float | None, target: float | None) -> float:
+def sparsity_of(pruner: str, name: str, own: float | None, target: float | None) -> float:
+    """What a target asks for, else what the pruner does."""
     sparsity = target if target is not None else own
     if sparsity is None:
         raise ConfigError(
@@ -30,123 +37,145 @@ def _sparsity_of(pruner: str, name: str, own: float | None, target: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Level(Pruner):
-    """Fine-grained magnitude pruning, layer by layer; the model keeps its shape.
+class ChannelPruner(Pruner):
+    """Base of the pruners that score channels once and remove those with the lowest scores.
 
-    Of the n weights of a layer, the floor(n * sparsity) smallest go; ties by index, so that the
-    count is exact. Biases and norms stay. With a budget of parameters, all targeted layers get the
-    one sparsity that meets it (zeros don't count as parameters).
+    Channels that residual connections, concatenation or grouped convolutions couple are ranked
+    together and go together, so the result is always consistent ("dependency-aware").
 
-    Attributes:
-        sparsity: Fraction of each layer's weights removed, in [0, 1); targets override it.
-    """
-
-    sparsity: float | None = None
-
-    criterion: ClassVar[Criterion] = Magnitude()
-
-    def __post_init__(self) -> None:
-        _check_sparsity("Level", self.sparsity)
-
-    def search(self, problem: Problem) -> Search:
-        """Returns at once."""
-        layers = problem.layers()
-        modules = dict(problem.model.named_modules())
-        sizes = {}
-        for name in layers:
-            weight = modules[name].weight
-            sizes[name] = int(weight.numel())
-        if problem.budget is not None:
-            shared = self._budget_sparsity(problem, sum(sizes.values()))
-            sparsities = dict.fromkeys(layers, shared)
-        else:
-            sparsities = {
-                name: _sparsity_of("Level", name, self.sparsity, target)
-                for name, target in layers.items()
-            }
-        ranking = yield from problem.rank(self.criterion, list(layers))
-        counts = {
-            f"{name}.weight" if name else "weight": num_kept(sizes[name], sparsities[name])
-            for name in layers
-        }
-        return problem.candidate(counts, ranking)
-
-    def _budget_sparsity(self, problem: Problem, prunable: int) -> float:
-        budget = problem.budget
-        assert budget is not None
-        resources = [name for name, _ in budget.limits]
-        if resources != ["params"]:
-            raise ConfigError(
-                f"Level removes single weights, which saves parameters alone; "
-                f"its budget can't be {budget}"
-            )
-        total = sum(parameter.numel() for parameter in problem.model.parameters())
-        allowed = budget.limits[0][1].absolute(total)
-        layers = len(problem.layers())
-        sparsity = max(0.0, (total - allowed + layers) / prunable)  # one more for each floor
-        if sparsity >= 1:
-            least = total - prunable + layers
-            raise BudgetError(
-                f"budget {budget} can't be reached: with one weight left in each of the "
-                f"{layers} targeted layers the model keeps params {100 * least / total:.3g}%"
-            )
-        return sparsity
-
-
-@dataclass(frozen=True, kw_only=True)
-class L1Filter(Pruner):
-    """Removes the channels whose filters have the smallest L1 norm (arXiv 1608.08710).
-
-    Of the n channels of a group, floor(n * sparsity) go. With a budget instead, every group keeps
-    the same fraction of its channels: the largest that meets the budget ("uniform L1").
-
-    Deviations from the paper: channels that residual connections, concatenation or grouped
-    convolutions couple are ranked together and go together, by the sum of the layers' normalised
-    scores, where the paper prunes only uncoupled layers of residual nets.
+    With `scope: group`, floor(n * sparsity) of the n channels of each group go; with a budget,
+    every group keeps the same fraction, the largest that meets it. With `scope: global`, all
+    groups' channels compete: floor(N * sparsity) of all N go, lowest scores first, or with a
+    budget as few as meet it; no group is emptied.
 
     Attributes:
-        sparsity: Fraction of each group's channels removed, in [0, 1); targets override it.
+        sparsity: Fraction of channels removed, in [0, 1); targets override it.
+        scope: "group" or "global".
         round_to: Kept counts are multiples of this.
         min_kept: Never fewer channels in a group.
     """
 
     sparsity: float | None = None
+    scope: Literal["group", "global"] = "group"
     round_to: int = 1
     min_kept: int = 1
 
-    criterion: ClassVar[Criterion] = L1()
-
     def __post_init__(self) -> None:
-        _check_sparsity(type(self).__name__, self.sparsity)
-        for name in ("round_to", "min_kept"):
-            if getattr(self, name) < 1:
-                raise ConfigError(
-                    f"{type(self).__name__}.{name} must be at least 1, got {getattr(self, name)}"
-                )
+        name = type(self).__name__
+        check_sparsity(name, self.sparsity)
+        if self.scope not in ("group", "global"):
+            raise ConfigError(f"{name}.scope must be 'group' or 'global', got {self.scope!r}")
+        for key in ("round_to", "min_kept"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"{name}.{key} must be at least 1, got {getattr(self, key)}")
+
+    @abstractmethod
+    def scorer(self) -> Criterion:
+        """The criterion."""
 
     def search(self, problem: Problem) -> Search:
-        """Returns at once."""
+        """Returns as soon as the channels are scored."""
+        targets = problem.groups()
+        counts = None if self.scope == "global" else self._uniform(problem, targets)
+        if self.scope == "global":
+            self._check_global(problem, targets)
+        chosen = self.scorer()
+        scores = yield from problem.scores(chosen, list(targets))
+        if counts is None:
+            counts = self._global(problem, scores)
+        winner: Candidate = problem.candidate(counts, problem.ranking(chosen.kind, scores))
+        return winner
+
+    def _uniform(self, problem: Problem, targets: Mapping[str, float | None]) -> dict[str, int]:
         name = type(self).__name__
-        groups = problem.groups()
         if problem.budget is not None:
-            fixed = [g for g, sparsity in groups.items() if sparsity is not None]
+            fixed = [group for group, sparsity in targets.items() if sparsity is not None]
             if fixed:
                 raise ConfigError(
                     f"targets give {fixed[0]!r} a sparsity, and the job has a budget: "
                     "they can't both decide"
                 )
-            fit = allocator(problem, list(groups), name, self.round_to, self.min_kept).fit
-            counts = fit(dict.fromkeys(groups, 1.0))
-        else:
-            counts = {}
-            for group_name, target in groups.items():
-                group = problem.structure.group(group_name)
-                counts[group_name] = num_kept(
-                    group.num_channels,
-                    _sparsity_of(name, group_name, self.sparsity, target),
-                    round_to=max(self.round_to, group.multiple),
-                    min_kept=max(self.min_kept, group.min_kept),
-                )
-        ranking = yield from problem.rank(self.criterion, list(groups))
-        winner: Candidate = problem.candidate(counts, ranking)
-        return winner
+            fit = allocator(problem, list(targets), name, self.round_to, self.min_kept).fit
+            return fit(dict.fromkeys(targets, 1.0))
+        counts = {}
+        for group_name, target in targets.items():
+            group = problem.structure.group(group_name)
+            counts[group_name] = num_kept(
+                group.num_channels,
+                sparsity_of(name, group_name, self.sparsity, target),
+                round_to=max(self.round_to, group.multiple),
+                min_kept=max(self.min_kept, group.min_kept),
+            )
+        return counts
+
+    def _check_global(self, problem: Problem, targets: Mapping[str, float | None]) -> None:
+        name = type(self).__name__
+        fixed = [group for group, sparsity in targets.items() if sparsity is not None]
+        if fixed:
+            raise ConfigError(
+                f"targets give {fixed[0]!r} a sparsity of its own, which {name}.scope 'global' "
+                "is to find"
+            )
+        if problem.budget is not None:
+            allocator(problem, list(targets), name, self.round_to, self.min_kept)
+        elif self.sparsity is None:
+            raise ConfigError(f"{name} needs a sparsity: give {name}.sparsity, or a budget")
+
+    def _global(self, problem: Problem, scores: Mapping[str, Tensor]) -> dict[str, int]:
+        groups = {name: problem.structure.group(name) for name in scores}
+        order = order_of_removal(scores, list(scores))
+
+        def counts(num_removed: int) -> dict[str, int]:
+            return globally(
+                order, groups, num_removed, round_to=self.round_to, min_kept=self.min_kept
+            )
+
+        if problem.budget is None:
+            assert self.sparsity is not None
+            return counts(len(order) - num_kept(len(order), self.sparsity))
+        name = type(self).__name__
+        fit = allocator(problem, list(scores), name, self.round_to, self.min_kept)
+        return below_budget(counts, len(order), fit.meets)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneShot(ChannelPruner):
+    """Any criterion of channels, also one of your own.
+
+    Attributes:
+        criterion: A name such as "l1", or an import path "package.module:Class".
+    """
+
+    criterion: str = "l1"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.scorer()
+
+    def scorer(self) -> Criterion:
+        """The criterion of that name."""
+        return criterion(self.criterion, "OneShot.criterion", "channels")
+
+
+@dataclass(frozen=True, kw_only=True)
+class L1Filter(ChannelPruner):
+    """Removes the channels whose filters have the smallest L1 norm (arXiv 1608.08710).
+
+    With a budget this is "uniform L1", the control of most papers.
+
+    Deviation from the paper, which prunes only uncoupled layers of residual nets: coupled channels
+    are ranked together, by the sum of the layers' normalised scores.
+    """
+
+    def scorer(self) -> Criterion:
+        """Sum of absolute weights."""
+        return L1()
+
+
+@dataclass(frozen=True, kw_only=True)
+class L2Filter(ChannelPruner):
+    """Removes the channels whose filters have the smallest Euclidean norm."""
+
+    def scorer(self) -> Criterion:
+        """Euclidean norm."""
+        return L2()
