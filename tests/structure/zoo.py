@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +14,31 @@ from torch import Tensor, nn
 from raycompress.structure import Structure, Verdict, analyze, slim, verify
 
 
-@dataclass
+@dataclass(frozen=True)
+class Architecture:
+    """How one architecture is built, without downloads, and fed.
+
+    Attributes:
+        build: makes the model with random weights.
+        inputs: batch size -> random inputs for `model(*inputs)` or `model(**inputs)`.
+        below: why less than 40 % of its parameters can go when half of every group does, or "".
+        dtype: float64 wherever the model's code runs in it.
+    """
+
+    build: Callable[[], nn.Module]
+    inputs: Callable[[int], Any]
+    below: str = ""
+    dtype: torch.dtype = torch.float64
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What pruning half of every group of an architecture gave."""
 
     verdict: Verdict
     removed: float  # share of parameters removed
     structure: Structure
+    dense: nn.Module
     slim: nn.Module
 
 
@@ -83,7 +102,9 @@ def half(structure: Structure) -> dict[str, Tensor]:
     """Random half of the channels of every group, not the leading ones."""
     generator = torch.Generator().manual_seed(1)
     return {
-        g.name: torch.randperm(g.num_channels, generator=generator)[: (g.num_channels + 1) // 2]
+        g.name: torch.randperm(g.num_channels, generator=generator)[
+            : g.round_up((g.num_channels + 1) // 2)
+        ]
         for g in structure.groups
     }
 
@@ -96,13 +117,26 @@ def masked(model: nn.Module, masks: dict[str, Tensor]) -> nn.Module:
     return result
 
 
-def prune(model: nn.Module, traced: Any, other: Any) -> Outcome:
-    """Prunes half of everything and compares on inputs other than the traced ones."""
+def prune(architecture: Architecture) -> Outcome:
+    """Prunes half of everything and compares on other inputs, of another batch size."""
+    torch.manual_seed(0)
+    model = architecture.build()
     randomise(model)
-    model = model.double().eval()
-    structure = analyze(model, traced)
+    model = model.to(architecture.dtype).eval()
+    structure = analyze(model, _cast(architecture.inputs(2), architecture.dtype))
     kept = half(structure)
     small = slim(model, structure, kept)
-    verdict = verify(masked(model, structure.masks(kept)), small, other, structure=structure)
+    other = _cast(architecture.inputs(3), architecture.dtype)
+    verdict = verify(
+        masked(model, structure.masks(kept)), small, other, structure=structure, kept=kept
+    )
     before, after = (sum(p.numel() for p in m.parameters()) for m in (model, small))
-    return Outcome(verdict, 1 - after / before, structure, small)
+    return Outcome(verdict, 1 - after / before, structure, model, small)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {k: _cast(v, dtype) for k, v in value.items()}
+    return tuple(_cast(v, dtype) for v in value)
