@@ -196,6 +196,51 @@ def validate(job: Job, set_: Set = None, output: Output = None, debug: Debug = F
 
 
 @app.command(epilog=EPILOG)
+def analyze(
+    job: Job,
+    set_: Set = None,
+    csv: Annotated[
+        Path | None, typer.Option("--csv", help="Folder to write each table to, as CSV.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Show what of a job's model can be pruned, what can't and why, and each layer's cost."""
+
+    def make_folder() -> None:
+        if csv is not None:
+            try:
+                csv.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigError(f"--csv: {csv} can't be written: {error.strerror}") from error
+
+    def action(config: JobConfig) -> None:
+        from raycompress.driver import validate as check
+        from raycompress.structure.tables import overview, to_csv, to_plain, topology
+
+        with nothing_on_stdout():
+            structure = check(config).structure
+        tables = topology(structure)
+        if csv is not None:
+            for name, rows in tables.items():
+                if rows:
+                    to_csv(rows, csv / f"{name}.csv")
+        if json:
+            import json as json_module
+
+            plain: dict[str, object] = {name: to_plain(rows) for name, rows in tables.items()}
+            plain["unknown_ops"], plain["untouched"] = structure.unknown_ops, structure.untouched
+            print(json_module.dumps(plain, indent=1))
+            return
+        console = Console(width=None if sys.stdout.isatty() else 200)
+        for part in overview(structure, console.width):
+            console.print(part)
+
+    _guarded(make_folder, debug)
+    _with_job(action, job, set_, None, debug)
+
+
+@app.command(epilog=EPILOG)
 def report(
     output: Annotated[Path, typer.Argument(help="A job's output folder.")],
     markdown: Annotated[bool, typer.Option(help="Print Markdown.")] = False,

@@ -188,3 +188,23 @@ def test_terminal_progress_shows_text_as_it_is_and_fails_in_red():
         progress.close()
     text = console.file.getvalue()
     assert "✓ Search [a]" in text and "kept [/b]" in text and "✗ Publish" in text
+
+
+def test_analyze_prints_tables_and_exports_them(job, tmp_path):
+    done = CliRunner().invoke(app, ["analyze", job[0], "--csv", "tables"])
+    assert done.exit_code == 0, done.output
+    for text in ("channel groups", "reaches the model's output", "Layers, for one example"):
+        assert text in done.stdout
+    names = sorted(path.name for path in (tmp_path / "tables").iterdir())
+    assert names == ["frozen.csv", "groups.csv", "layers.csv", "steps.csv"]
+    done = CliRunner().invoke(app, ["analyze", job[0], "--json"])
+    tables = json.loads(done.stdout)
+    total = tables["layers"][-1]
+    assert total["layer"] == "total" and total["flops"] == 2 * total["macs"] > 0
+    assert {g["group"] for g in tables["groups"]} == {s["group"] for s in tables["steps"]}
+    (tmp_path / "file").touch()
+    done = CliRunner().invoke(app, ["analyze", job[0], "--csv", "file"])
+    assert (done.exit_code, done.stderr) == (
+        2,
+        "error: --csv: file can't be written: File exists\n",
+    )
