@@ -197,8 +197,8 @@ def test_pruners_are_built_from_names_and_import_paths():
 @pytest.mark.parametrize(
     ("entry", "expected"),
     [
-        ({"type": "L1Filtr"}, "p.type: no pruner 'L1Filtr'; did you mean 'L1Filter'?"),
-        ({"sparsity": 0.5}, "p.type must be one of L1Filter, Level, SimulatedAnnealing"),
+        ({"type": "L1Filtr"}, "p.type: no pruner 'L1Filtr'; did you mean 'L1Filter' or 'L2Filter'?"),
+        ({"sparsity": 0.5}, "p.type must be one of L1Filter, L2Filter, Level, "),
         ({"type": "L1Filter", "sparsty": 0}, "p.sparsty is no key of L1Filter; did you mean"),
         ({"type": "L1Filter", "sparsity": "0.5"}, "p.sparsity must be a number, got '0.5'"),
         ({"type": "os:getcwd"}, "p.type: 'os:getcwd' is an object of type"),
