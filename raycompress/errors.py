@@ -8,6 +8,7 @@ RaycompressError
 │   ├── ClusterError        the cluster can't host what the job asks for
 │   └── TrackingError       the tracking server can't be reached or used
 ├── StructureError          masks or example inputs that don't fit the model
+├── ArtifactError           a saved model is damaged, hostile, or of another class
 ├── VerificationError       the slim model doesn't compute what the masked one does
 ├── EvaluationError         candidates failed, or their replicas were lost too often
 └── InterruptedJob          stopped by a signal; the same command continues
@@ -16,6 +17,7 @@ RaycompressError
 from __future__ import annotations
 
 __all__ = [
+    "ArtifactError",
     "BudgetError",
     "ClusterError",
     "ConfigError",
@@ -64,6 +66,10 @@ class TrackingError(InputError):
 
 class StructureError(RaycompressError):
     """Masks, kept channels or example inputs that don't fit the model."""
+
+
+class ArtifactError(RaycompressError):
+    """A model can't be saved, or a saved one is damaged, hostile, or of another class."""
 
 
 class VerificationError(RaycompressError):
