@@ -13,6 +13,8 @@ import torch
 from raycompress.structure.rules_contraction import CONTRACTIONS
 from raycompress.structure.rules_convolution import CONVOLUTIONS
 from raycompress.structure.rules_elementwise import ELEMENTWISE, elementwise
+from raycompress.structure.rules_indexing import INDEXINGS
+from raycompress.structure.rules_joining import JOININGS
 from raycompress.structure.rules_movement import MOVEMENTS
 from raycompress.structure.rules_norm import NORMS
 from raycompress.structure.rules_reduction import REDUCTIONS
@@ -24,6 +26,8 @@ __all__ = ["find_rule", "register_operator"]
 _RULES: dict[str, Rule] = {
     **ELEMENTWISE,
     **MOVEMENTS,
+    **JOININGS,
+    **INDEXINGS,
     **REDUCTIONS,
     **CONTRACTIONS,
     **CONVOLUTIONS,
