@@ -151,7 +151,8 @@ class LedgerExecutor(ABC):
             training = candidate.training
             assert training is not None
             sizes = self.info.num_examples
-            passes = 3 * training.epochs * sizes["train"] / max(sizes["validation"], 1)
+            epochs = training.in_epochs(self.info.steps_per_epoch)
+            passes = 3 * epochs * sizes["train"] / max(sizes["validation"], 1)
             dfe = passes * self._relative_macs(candidate)
             trials[candidate] = self._record(keys[candidate], candidate, [result], dfe)
         return trials

@@ -95,6 +95,7 @@ class HostInfo:
         task: Digest of the task.
         data: Digest of sizes and sample examples of the splits.
         num_examples: Examples for each split.
+        steps_per_epoch: Batches of the train split.
         numeric_class: Device model, torch version and threads: what results depend on.
         whole: The task's metric is no mean over examples; it is evaluated in one piece.
     """
@@ -102,6 +103,7 @@ class HostInfo:
     task: str
     data: str
     num_examples: Mapping[str, int]
+    steps_per_epoch: int
     numeric_class: str
     whole: bool
 
@@ -150,6 +152,7 @@ class ModelHost:
             task=task_digest(self.task),
             data=data_digest(datasets),
             num_examples={split: len(data) for split, data in datasets.items()},
+            steps_per_epoch=self._steps_per_epoch(),
             numeric_class=numeric_class(self.device, self.evaluation.threads),
             whole=self._whole,
         )
@@ -299,14 +302,15 @@ class ModelHost:
             if progress is not None:
                 progress(step, num_steps, loss)
 
-        if training.epochs > 0:
+        epochs = training.in_epochs(self._steps_per_epoch())
+        if epochs > 0:
             with ExitStack() as around:
                 for method in training.methods:
                     around.enter_context(method.around(run))
                 around.enter_context(hold(model, run.masks))
                 run.task.train(
                     model,
-                    epochs=training.epochs,
+                    epochs=epochs,
                     lr=training.lr,
                     seed=training.seed,
                     device=self.device,
@@ -316,6 +320,9 @@ class ModelHost:
         plain = {name: tuple(indices.tolist()) for name, indices in kept.items()}
         extra = {name: tensor.cpu() for name, tensor in run.extra.items()}
         return self.store.put(Weights(state, plain, extra))
+
+    def _steps_per_epoch(self) -> int:
+        return -(-len(self._splits.dataset("train")) // self.task.batch_size)
 
     def _collect(self, candidate: Candidate, collector: Collector) -> str:
         """Collects statistics of a candidate in dense shapes; returns the digest they have."""

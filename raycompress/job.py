@@ -24,7 +24,7 @@ from raycompress.progress import Progress
 from raycompress.pruning.pruner import Problem
 from raycompress.results import Curve, FrozenLayer, JobResult, TrialResult
 from raycompress.search import Candidate, Training
-from raycompress.trial import Shared, finished, run_trial
+from raycompress.trial import Shared, finished, metrics_of, run_trial
 from raycompress.weights import Weights, WeightStore
 
 __all__ = ["Backend", "LocalBackend", "OnReport", "run_job"]
@@ -209,7 +209,7 @@ def _compress(job: _Job, weights: str, report: OnReport) -> dict[str, dict[str, 
     results = {name: result for name, result in done.items() if result is not None}
     for name, result in results.items():
         for point in result["curve"]:
-            report(name, point["step"], {k: v for k, v in point.items() if k != "step"})
+            report(name, point["step"], metrics_of(point))
     if missing:
         job.progress.stage(f"Search: {', '.join(str(p['name']) for p in missing)}")
         results |= job.backend.run_trials(plan, missing, shared, report)

@@ -129,6 +129,7 @@ class SearchStep:
         best_loss: Lowest loss so far.
         dfe: Cost so far, in dense-forward equivalents.
         failed: Candidates of this step that failed.
+        figures: What the search itself reports, such as residuals.
     """
 
     step: int
@@ -138,6 +139,7 @@ class SearchStep:
     best_loss: float
     dfe: float
     failed: int = 0
+    figures: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,6 +300,8 @@ def _plain(value: Any) -> Any:
         return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
@@ -326,6 +330,8 @@ def _typed(kind: Any, value: Any) -> Any:
         if len(arguments) == 2 and arguments[1] is Ellipsis:
             return tuple(_typed(arguments[0], item) for item in value)
         return tuple(_typed(item_kind, v) for item_kind, v in zip(arguments, value, strict=True))
+    if origin is dict:
+        return {name: _typed(arguments[1], item) for name, item in value.items()}
     if origin in (typing.Union, types.UnionType):
         if value is None:
             return None

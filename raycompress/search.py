@@ -78,17 +78,23 @@ class Training:
     """A training unit: how a candidate is trained before it is evaluated.
 
     Attributes:
-        epochs: Passes over the train split; may be a fraction. 0 trains nothing: the candidate is
-            built, recalibrated and stored.
+        epochs: Passes over the train split; may be a fraction. 0 (without steps) trains nothing:
+            the candidate is built, recalibrated and stored.
         lr: Peak learning rate; None takes the task's own.
         seed: Of the order of examples.
         methods: What happens around the optimizer's steps, outermost first.
+        steps: Optimizer steps, in place of epochs; 0: epochs decide.
     """
 
     epochs: float
     lr: float | None = None
     seed: int = 0
     methods: tuple[TrainingMethod, ...] = ()
+    steps: int = 0
+
+    def in_epochs(self, steps_per_epoch: int) -> float:
+        """Passes over the train split."""
+        return self.steps / steps_per_epoch if self.steps else self.epochs
 
 
 @dataclass(frozen=True)

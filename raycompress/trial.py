@@ -31,7 +31,16 @@ from raycompress.structure import Structure
 from raycompress.task import Task
 from raycompress.weights import Weights, WeightStore
 
-__all__ = ["MakePool", "Report", "Shared", "finished", "load_ranking", "run_trial", "save_ranking"]
+__all__ = [
+    "MakePool",
+    "Report",
+    "Shared",
+    "finished",
+    "load_ranking",
+    "metrics_of",
+    "run_trial",
+    "save_ranking",
+]
 
 MakePool = Callable[[Ledger], LedgerExecutor]
 """Makes the trial's executor: model hosts for the job's task, with the dense weights."""
@@ -114,8 +123,9 @@ def run_trial(
         model = task.build_model().eval()
     model.load_state_dict(dict(shared.weights.state))
     name = str(payload["name"])
-    curve: list[dict[str, float]] = []
+    curve: list[dict[str, Any]] = []
     replayed = 0
+    figures: dict[str, float] = {}
     with Ledger(shared.output / "ledger", name) as ledger, make_pool(ledger) as pool:
         problem = Problem(
             model=model,
@@ -126,6 +136,7 @@ def run_trial(
             budget=None if payload["budget"] is None else Budget.of(payload["budget"]),
             targets=config.targets,
             seed=int(payload["seed"]),
+            report=figures.update,
         )
         pruner = build_pruner(payload["pruner"], "pruner")
 
@@ -143,9 +154,11 @@ def run_trial(
                     "best_loss": min([best.loss, *(c["best_loss"] for c in curve[-1:])]),
                     "dfe": sum(trial.dfe for trial in trials) + sum(c["dfe"] for c in curve[-1:]),
                     "failed": len(trials) - len(alive),
+                    "figures": dict(figures),
                 }
             )
-            report(step, {k: v for k, v in curve[-1].items() if k != "step"})
+            figures.clear()
+            report(step, metrics_of(curve[-1]))
 
         winner = run_search(pruner.search(problem), pool, on_step)
         judged = pool.evaluate([winner])[0]
@@ -169,6 +182,12 @@ def run_trial(
         }
     write_json(_folder(shared, payload) / "result.json", result)
     return result
+
+
+def metrics_of(point: Mapping[str, Any]) -> dict[str, float]:
+    """A point of a search's curve as flat metrics."""
+    plain = {k: v for k, v in point.items() if k not in ("step", "figures")}
+    return {**plain, **point["figures"]}
 
 
 def write_json(path: Path, value: object) -> None:

@@ -14,26 +14,10 @@ from raycompress.errors import ConfigError
 from raycompress.masks import num_kept
 from raycompress.pruning.allocation import below_budget, globally, order_of_removal
 from raycompress.pruning.pruner import Problem, Pruner, allocator
+from raycompress.pruning.units import check_sparsity, plan_units
 from raycompress.search import Candidate, Search
 
-__all__ = ["ChannelPruner", "L1Filter", "L2Filter", "OneShot", "check_sparsity", "sparsity_of"]
-
-
-def check_sparsity(pruner: str, sparsity: float | None, name: str = "sparsity") -> None:
-    """Raises a ConfigError for what is no fraction in [0, 1)."""
-    if sparsity is not None and not 0 <= sparsity < 1:
-        raise ConfigError(f"{pruner}.{name} must be in [0, 1), got {sparsity:g}")
-
-
-def sparsity_of(pruner: str, name: str, own: float | None, target: float | None) -> float:
-    """What a target asks for, else what the pruner does."""
-    sparsity = target if target is not None else own
-    if sparsity is None:
-        raise ConfigError(
-            f"{pruner} needs a sparsity for {name!r}: give {pruner}.sparsity, "
-            "targets.sparsity, or a budget"
-        )
-    return sparsity
+__all__ = ["ChannelPruner", "L1Filter", "L2Filter", "OneShot"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,37 +60,19 @@ class ChannelPruner(Pruner):
     def search(self, problem: Problem) -> Search:
         """Returns as soon as the channels are scored."""
         targets = problem.groups()
-        counts = None if self.scope == "global" else self._uniform(problem, targets)
+        chosen = self.scorer()
         if self.scope == "global":
             self._check_global(problem, targets)
-        chosen = self.scorer()
-        scores = yield from problem.scores(chosen, list(targets))
-        if counts is None:
+            scores = yield from problem.scores(chosen, list(targets))
             counts = self._global(problem, scores)
+        else:
+            plan = plan_units(
+                problem, chosen, type(self).__name__, self.sparsity, self.round_to, self.min_kept
+            )
+            scores = yield from problem.scores(chosen, plan.names)
+            counts = plan.counts(1.0)
         winner: Candidate = problem.candidate(counts, problem.ranking(chosen.kind, scores))
         return winner
-
-    def _uniform(self, problem: Problem, targets: Mapping[str, float | None]) -> dict[str, int]:
-        name = type(self).__name__
-        if problem.budget is not None:
-            fixed = [group for group, sparsity in targets.items() if sparsity is not None]
-            if fixed:
-                raise ConfigError(
-                    f"targets give {fixed[0]!r} a sparsity, and the job has a budget: "
-                    "they can't both decide"
-                )
-            fit = allocator(problem, list(targets), name, self.round_to, self.min_kept).fit
-            return fit(dict.fromkeys(targets, 1.0))
-        counts = {}
-        for group_name, target in targets.items():
-            group = problem.structure.group(group_name)
-            counts[group_name] = num_kept(
-                group.num_channels,
-                sparsity_of(name, group_name, self.sparsity, target),
-                round_to=max(self.round_to, group.multiple),
-                min_kept=max(self.min_kept, group.min_kept),
-            )
-        return counts
 
     def _check_global(self, problem: Problem, targets: Mapping[str, float | None]) -> None:
         name = type(self).__name__

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,6 +26,10 @@ from raycompress.weights import Weights, WeightStore
 __all__ = ["Problem", "Pruner"]
 
 
+def _ignore(figures: Mapping[str, float]) -> None:
+    """Nobody listens."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Problem:
     """What a pruner is given: the model to prune, within what, and who answers.
@@ -39,6 +43,7 @@ class Problem:
         budget: What may be kept; None: the pruner's own sparsity decides.
         targets: Which layers may be pruned; empty: all.
         seed: Of everything that the search draws.
+        report: Told of figures of the search's own, such as residuals; they go with its next step.
     """
 
     model: nn.Module
@@ -49,6 +54,7 @@ class Problem:
     budget: Budget | None = None
     targets: Sequence[Target] = ()
     seed: int = 0
+    report: Callable[[Mapping[str, float]], None] = _ignore
 
     def groups(self) -> dict[str, float | None]:
         """Targeted channel groups, with the sparsity that targets ask for."""

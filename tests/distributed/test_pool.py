@@ -195,11 +195,11 @@ def test_an_exception_is_an_answer(toy: Toy, few: Few) -> None:
 
 
 def test_replicas_that_differ_are_refused() -> None:
-    one = HostInfo("t", "d", {"train": 4}, "x86", False)
+    one = HostInfo("t", "d", {"train": 4}, 1, "x86", False)
     with pytest.raises(
         ClusterError, match=r"replica-1 isn't like .*numeric_class: arm against x86"
     ):
-        check_alike("replica-1", HostInfo("t", "d", {"train": 4}, "arm", False), one)
+        check_alike("replica-1", HostInfo("t", "d", {"train": 4}, 1, "arm", False), one)
 
 
 def test_a_caller_that_gives_up_leaves_a_usable_pool(toy: Toy, few: Few) -> None:
