@@ -5,7 +5,8 @@ Convention: 1 MAC is one multiply-add of a convolution or matrix product (FLOPs 
 counted. MACs and bytes are those of the traced pass divided by its batch size (the first dim of
 the first input tensor), rounded down, hence of one example at the traced input size.
 `activation_bytes` adds up every tensor that depends on the input and that an operator writes anew
-(views are free): what training would have to hold, not the peak of inference.
+(views are free): what training would have to hold, not the peak of inference. A tensor that the
+traced pass copied counts as copied, also where so few channels are kept that `reshape` needn't.
 
 Every size is linear in the kept counts, every cost a sum of products of sizes.
 """

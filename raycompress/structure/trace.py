@@ -24,6 +24,13 @@ __all__ = ["Call", "Leaf", "Rule", "SizeSeen", "Term", "Trace", "trace"]
 
 _LABELS = "_raycompress_facets"
 _DATA = "_raycompress_data"
+# Their schemas don't say so, but they write nothing.
+_UNDECLARED_VIEWS = {
+    "aten::_unsafe_view",
+    "aten::unsafe_chunk",
+    "aten::unsafe_split",
+    "aten::unsafe_split_with_sizes",
+}
 
 
 @dataclass(frozen=True)
@@ -283,6 +290,8 @@ class _Mode(TorchDispatchMode):
             return
         if any(r.alias_info is not None for r in call.func._schema.returns):
             remember_views(call, outputs)
+            return
+        if call.name in _UNDECLARED_VIEWS:
             return
         for t in outputs:
             if tracer.is_data(t):
