@@ -156,7 +156,8 @@ def _error(expected: Tensor, got: Tensor) -> float:
 def _run(model: nn.Module, inputs: Inputs, dtype: torch.dtype | None) -> list[Tensor]:
     args, kwargs = _arguments(inputs, dtype)
     modes = {m: m.training for m in model.modules()}
-    model.eval()
+    if any(modes.values()):  # an exported program is in evaluation mode, and refuses `eval`
+        model.eval()
     try:
         with torch.inference_mode():
             return _tensors(model(*args, **kwargs))
