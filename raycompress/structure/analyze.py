@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from raycompress.errors import StructureError
 from raycompress.structure.closure import Classes, close
 from raycompress.structure.compile import Sizes
-from raycompress.structure.fixes import attribute_fixes
 from raycompress.structure.model import Frozen, LeafShape, Structure
 from raycompress.structure.operators import find_rule
 from raycompress.structure.pools import Pools, owner_of
-from raycompress.structure.repair import MAX_REPAIRS, freeze_sizes_of, stops_in
+from raycompress.structure.repair import Draft, Repair
 from raycompress.structure.trace import Trace, trace
 
 __all__ = ["analyze"]
@@ -65,22 +64,18 @@ def analyze(
                 dim = next(d for d, s in enumerate(facet.shape) if s > 1)
                 if leaf.roles.get(dim) != "consumer":
                     seen.space.freeze(facet, "protected by `ignore`")
-    structure = _collect(seen, model, heads)
-    tried: dict[str, int] = {}
-    for _ in range(MAX_REPAIRS):
-        stopped = stops_in(model, structure, args, kwargs)
-        if stopped is None or not freeze_sizes_of(seen, *stopped, tried):
-            break
-        structure = _collect(seen, model, heads)
+    repair = Repair(model, seen, lambda: _collect(seen, model, heads), args, kwargs)
+    structure = repair.run()
     return structure.limited(round_to=round_to, min_kept=min_kept)
 
 
-def _collect(seen: Trace, model: nn.Module, heads: Literal["whole", "dim"]) -> Structure:
+def _collect(seen: Trace, model: nn.Module, heads: Literal["whole", "dim"]) -> Draft:
     classes = close(seen.space, heads)
     pools = Pools(seen, classes, model)
     sizes = Sizes(seen, pools)
     parameters = {n for n, _ in model.named_parameters(remove_duplicate=False)}
-    return Structure(
+    forms = [sizes.of(s.shape, s.facets)[s.dim] for s in seen.sizes]
+    structure = Structure(
         groups=pools.groups,
         frozen=_frozen(seen, classes, pools),
         unknown_ops=dict(seen.unknown),
@@ -94,9 +89,10 @@ def _collect(seen: Trace, model: nn.Module, heads: Literal["whole", "dim"]) -> S
             for leaf in seen.leaves
         },
         module_types={n: type(m).__name__ for n, m in model.named_modules()},
-        fixes=attribute_fixes(seen, sizes, model),
+        fixes=(),
         sizes=sizes.model(),
     )
+    return Draft(structure, forms)
 
 
 def _protected(model: nn.Module, ignore: Collection[str]) -> set[str]:

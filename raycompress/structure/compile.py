@@ -37,10 +37,6 @@ class Sizes:
                     forms[dim] = self._form(line)
         return [self._forms.setdefault(f, len(self._forms)) for f in forms]
 
-    def is_constant(self, size: int) -> bool:
-        """Whether nothing removes anything from this size."""
-        return not list(self._forms)[size][1]
-
     def _form(self, line: Ints) -> _Form:
         pools = self._pools.pool_of[line]
         counts = np.bincount(pools[pools >= 0], minlength=len(self._pools.groups))

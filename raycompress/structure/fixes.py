@@ -1,54 +1,51 @@
-"""Which integer attributes of modules follow which sizes.
+"""Integer attributes of modules, and which sizes they follow.
 
-An attribute is corrected only where an operator that the module itself called showed that size.
+An operator may name the attribute that it shows (the groups of a convolution): that follows. Any
+other attribute, or entry of a tuple or list, is left as it is until the slim model stops in its
+module (`repair.py`): equal numbers may mean different things.
 """
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
 
-from raycompress.structure.compile import Sizes
 from raycompress.structure.model import AttributeFix
-from raycompress.structure.trace import Trace
+from raycompress.structure.trace import SizeSeen
 
-__all__ = ["attribute_fixes"]
+__all__ = ["Choices", "Place", "integers", "named", "to_fixes"]
 
-_COUNTS = re.compile(r"head(?!.*(dim|size))|group")
-# Numbers that only happen to equal a width: lengths of tables, space and time.
-_NEVER = re.compile(
-    r"bucket|distance|vocab|position|patch|kernel|window|image|length|layer|depth|max_|num_embed"
-)
+Place = tuple[str, str, int | None]  # module, attribute, position where it is a tuple or list
+Choices = dict[Place, int]  # which of the sizes seen an attribute follows
 
 
-def attribute_fixes(seen: Trace, sizes: Sizes, model: nn.Module) -> tuple[AttributeFix, ...]:
-    """Attribute corrections for all modules of a trace."""
+def integers(module: nn.Module) -> Iterator[tuple[str, int | None, int]]:
+    """(attribute, position, value) of the integers that a module holds itself."""
+    for name, value in vars(module).items():
+        if name.startswith("_"):  # torch's own bookkeeping
+            continue
+        if type(value) is int:
+            yield name, None, value
+        elif isinstance(value, (tuple, list)):
+            for position, entry in enumerate(value):
+                if type(entry) is int:
+                    yield name, position, entry
+
+
+def named(seen: Sequence[SizeSeen], model: nn.Module) -> Choices:
+    """Attributes that operators name."""
     modules = dict(model.named_modules())
-    found: dict[tuple[str, str], int] = {}
-    shown: dict[str, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))
-    for s in seen.sizes:
-        size = sizes.of(s.shape, s.facets)[s.dim]
-        if s.attribute:
-            if getattr(modules[s.module], s.attribute, None) == s.value:
-                if not sizes.is_constant(size):
-                    found[s.module, s.attribute] = size
-        else:
-            shown[s.module][s.value].add(size)
-    for name, values in shown.items():
-        for attribute, value in vars(modules[name]).items():
-            if type(value) is not int or value not in values or (name, attribute) in found:
-                continue
-            if _NEVER.search(attribute):
-                continue
-            changing = [s for s in values[value] if not sizes.is_constant(s)]
-            if not changing:
-                continue
-            constant = len(values[value]) > len(changing)
-            # The same number also stands for something that stays: only a name can tell.
-            if constant and not _COUNTS.search(attribute):
-                continue
-            if len(changing) == 1:
-                found[name, attribute] = changing[0]
-    return tuple(AttributeFix(m, a, s) for (m, a), s in found.items())
+    return {
+        (s.module, s.attribute, None): i
+        for i, s in enumerate(seen)
+        if s.attribute and getattr(modules[s.module], s.attribute, None) == s.value
+    }
+
+
+def to_fixes(choices: Mapping[Place, int], forms: Sequence[int]) -> tuple[AttributeFix, ...]:
+    """The corrections of a structure, for forms of all sizes seen."""
+    return tuple(
+        AttributeFix(module, attribute, forms[i], position)
+        for (module, attribute, position), i in choices.items()
+    )

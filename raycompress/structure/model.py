@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from raycompress.errors import StructureError
 from raycompress.structure.cost import Cost, CostModel, LayerCost
@@ -105,11 +105,25 @@ class LeafShape:
 
 @dataclass(frozen=True)
 class AttributeFix:
-    """An integer attribute of a module that follows a size (index into the cost model's sizes)."""
+    """An integer attribute of a module that follows a size (index into the cost model's sizes).
+
+    `position` is the entry's place where the attribute is a tuple or list.
+    """
 
     module: str
     attribute: str
     size: int
+    position: int | None = None
+
+    def apply(self, module: nn.Module, value: int) -> None:
+        """Sets it."""
+        if self.position is None:
+            setattr(module, self.attribute, value)
+            return
+        old = getattr(module, self.attribute)
+        new = [*old]
+        new[self.position] = value
+        setattr(module, self.attribute, type(old)(new))
 
 
 @dataclass(frozen=True, eq=False)

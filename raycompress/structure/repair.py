@@ -1,84 +1,295 @@
-"""Module form must run: where a module's code computes with sizes that no attribute holds.
+"""Module form must run: what to do where a module's code computes with sizes of its own.
 
-The slim model is tried once on the example inputs. Where it stops, the channels whose sizes the
-failing module showed are frozen, and reported with the error, and everything else goes on.
+The slim model is tried on the example inputs. Where it stops, remedies are tried in this order,
+and one is kept if the model then gets beyond the module that it stopped in:
+
+1. integer attributes follow the sizes that the module saw with their values: all those for which
+   there is only one such size, then each attribute with each size;
+2. different channels whose numbers the module took for one (`x.reshape(b, n, c)` for heads, where
+   `c` is the width of the input) are tied, position by position, and go together;
+3. one group of channels stays whole; then 2 and 3 together; then all groups that the module saw.
+
+Attributes are corrected alike in all modules of a class that saw sizes in the same order; other
+remedies are tried first there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from raycompress.structure.model import Structure
-from raycompress.structure.quiet import quiet
-from raycompress.structure.slim import slim
-from raycompress.structure.trace import Trace
+from raycompress.errors import StructureError
+from raycompress.structure.fixes import Choices, integers, named, to_fixes
+from raycompress.structure.model import ChannelGroup, Structure
+from raycompress.structure.probe import Stop, probe, uneven
+from raycompress.structure.proof import wrong_groups
+from raycompress.structure.trace import SizeSeen, Trace
 
-__all__ = ["MAX_REPAIRS", "freeze_sizes_of", "stops_in"]
+__all__ = ["Draft", "Repair", "freeze"]
 
-MAX_REPAIRS = 64
-
-
-def stops_in(
-    model: nn.Module, structure: Structure, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[str, str] | None:
-    """(module, error) where a model with about half of each group stops; None if it runs."""
-    kept = {}
-    for group in structure.groups:
-        # Uneven counts: what only works for halves shows itself.
-        count = max(group.min_kept, (2 * group.num_channels) // 3)
-        kept[group.name] = range(group.num_channels - count, group.num_channels)
-    small = slim(model, structure, kept)
-    stack: list[str] = []
-    handles = []
-    for name, module in small.named_modules():
-        handles.append(module.register_forward_pre_hook(_enter(stack, name)))
-        handles.append(module.register_forward_hook(_leave(stack)))
-    try:
-        with quiet(small), torch.no_grad():
-            small(*args, **kwargs)
-    except Exception as error:
-        # Whatever foreign code raises, it says where module form can't follow.
-        text = str(error).splitlines()[0][:120] if str(error) else ""
-        return (stack[-1] if stack else ""), f"{type(error).__name__}: {text}"
-    return None
+_SHARES = 3  # each share of channels that is tried may fit by chance
+_REACH = 3  # a module and how many around it may hold the attribute or the size at fault
 
 
-def _enter(stack: list[str], name: str) -> Callable[..., None]:
-    def hook(_module: nn.Module, _args: Any) -> None:
-        stack.append(name)
+@dataclass(frozen=True)
+class Draft:
+    """A structure, and which of its sizes each size seen in the trace is."""
 
-    return hook
-
-
-def _leave(stack: list[str]) -> Callable[..., None]:
-    def hook(_module: nn.Module, _args: Any, _out: Any) -> None:
-        stack.pop()
-
-    return hook
+    structure: Structure
+    forms: list[int]
 
 
-def freeze_sizes_of(seen: Trace, module: str, error: str, tried: dict[str, int]) -> bool:
-    """Freezes what a module's own operators showed, then what its parents' did.
+@dataclass(frozen=True)
+class _Remedy:
+    """What to try for a module.
 
-    Returns:
-        False if nothing is left to freeze.
+    Attributes:
+        module: where it applies.
+        places: attributes to correct: (attribute, position) -> a size seen, or -1 for as it was.
+        tied: sizes seen that become one, each tuple for itself.
+        whole: sizes seen whose channels stay whole.
     """
-    tried[module] = tried.get(module, 0) + 1
-    level = tried[module] - 1
-    while level > 0 and module:
+
+    module: str
+    places: tuple[tuple[str, int | None, int], ...] = ()
+    tied: tuple[tuple[int, ...], ...] = ()
+    whole: tuple[int, ...] = ()
+
+
+class Repair:
+    """Makes the drafts of one trace run in module form."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        seen: Trace,
+        collect: Callable[[], Draft],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        self._model = model
+        self._modules = dict(model.named_modules())
+        self._seen = seen
+        self._collect = collect
+        self._inputs = args, kwargs
+        self._chosen = named(seen.sizes, model)
+        self._whole: set[str] = set()
+        self._own: dict[str, list[int]] = {}
+        for i, s in enumerate(seen.sizes):
+            self._own.setdefault(s.module, []).append(i)
+        self._learnt: dict[str, list[_Remedy]] = {}
+        self._seed = 0
+        self._draft = collect()
+
+    def run(self) -> Structure:
+        """A structure whose slim models run, and compute what the masked ones do."""
+        self._until_it_runs()
+        args, kwargs = self._inputs
+        while True:
+            kept = uneven(self._draft.structure, self._whole, self._seed)
+            wrong = wrong_groups(self._model, self._structure(), kept, kwargs or args)
+            for name, reason in wrong.items():
+                freeze(self._seen, self._draft.structure.group(name), f"slim is wrong: {reason}")
+            if wrong or self._whole:
+                self._draft, self._whole = self._collect(), set()
+            if not wrong:
+                return self._structure()
+
+    def _until_it_runs(self) -> None:
+        for self._seed in range(_SHARES):
+            while (stop := self._probe(self._structure())) is not None:
+                if len(self._whole) == len(self._draft.structure.groups):
+                    raise StructureError(f"a copy of the model doesn't run: {stop.error}")
+                self._accept(self._find(stop), stop)
+
+    def _structure(self, remedy: _Remedy | None = None) -> Structure:
+        choices = {**self._chosen, **(_placed(remedy) if remedy is not None else {})}
+        fixes = to_fixes({k: v for k, v in choices.items() if v >= 0}, self._draft.forms)
+        return replace(self._draft.structure, fixes=fixes)
+
+    def _probe(self, structure: Structure, whole: Collection[str] = ()) -> Stop | None:
+        kept = uneven(structure, {*self._whole, *whole}, self._seed)
+        return probe(self._model, structure, kept, *self._inputs)
+
+    def _try(self, remedy: _Remedy) -> Stop | None:
+        if not remedy.tied:
+            return self._probe(self._structure(remedy), self._groups(remedy.whole))
+        before, draft = len(self._seen.space.edges), self._draft
+        self._tie(remedy)
+        self._draft = self._collect()
+        try:
+            return self._probe(self._structure(remedy), self._groups(remedy.whole))
+        finally:
+            del self._seen.space.edges[before:]
+            self._draft = draft
+
+    def _tie(self, remedy: _Remedy) -> None:
+        for sizes in remedy.tied:
+            lines = [_line(self._seen.sizes[i]) for i in sizes]
+            for line in lines[1:]:
+                self._seen.space.unite(lines[0], line)
+
+    def _find(self, stop: Stop) -> _Remedy:
+        best: tuple[float, _Remedy] | None = None
+        for remedy in self._candidates(stop):
+            after = self._try(remedy)
+            gained = math.inf if after is None else after.operators
+            if after is None or (gained > stop.operators and not after.inside(stop.module)):
+                return remedy
+            if not remedy.whole and gained > max(stop.operators, best[0] if best else 0):
+                best = gained, remedy
+        if best is not None:
+            return best[1]
+        return _Remedy("", whole=tuple(range(len(self._seen.sizes))))
+
+    def _accept(self, remedy: _Remedy, stop: Stop) -> None:
+        learnt = self._learnt.setdefault(self._kind(remedy.module), [])
+        taken = [remedy]
+        # A tie costs freedom: it becomes the habit of a class only where it was needed twice.
+        if remedy.places or (remedy.tied and any(r.tied for r in learnt)):
+            peers = (self._translated(remedy, n) for n in self._modules)
+            taken += [r for r in peers if r is not None and not r.whole]
+        learnt.insert(0, remedy)
+        for one in taken:
+            self._chosen |= _placed(one)
+            self._tie(one)
+        if remedy.tied:
+            self._draft = self._collect()
+            self._whole = set()
+        for name in self._groups(remedy.whole) if remedy.whole else ():
+            self._keep(name, stop, remedy.module)
+
+    def _keep(self, name: str, stop: Stop, module: str) -> None:
+        self._whole.add(name)
+        reason = f"the code of {module or stop.module!r} computes with this size ({stop.error})"
+        freeze(self._seen, self._draft.structure.group(name), reason)
+
+    def _kind(self, name: str) -> str:
+        return type(self._modules[name]).__qualname__
+
+    def _candidates(self, stop: Stop) -> Iterator[_Remedy]:
+        around = _ancestors(stop.module)
+        for name in around:
+            for learnt in self._learnt.get(self._kind(name), []):
+                again = self._translated(learnt, name)
+                if again is not None:
+                    yield again
+        for name in around[:_REACH]:
+            yield from self._attributes(name, stop.module)
+        ties = [t for name in around[:_REACH] for t in self._ties(name)]
+        yield from ties
+        for name in around:
+            own = self._own.get(name, [])
+            forms = {self._draft.forms[i]: i for i in own if self._groups([i])}
+            for i in forms.values():
+                yield _Remedy(name, whole=(i,))
+            for tie in ties:
+                for i in forms.values():
+                    yield replace(tie, whole=(i,))
+            yield _Remedy(name, whole=tuple(own))
+
+    def _attributes(self, name: str, stopped: str) -> Iterator[_Remedy]:
+        """The module's integers as sizes that had their values."""
+        own = [*self._own.get(name, []), *(self._own.get(stopped, []) if name != stopped else [])]
+        plain, other = [], []
+        for attribute, position, value in integers(self._modules[name]):
+            current = self._chosen.get((name, attribute, position), -1)
+            options = self._options(own, value)
+            passed = {self._draft.forms[i] for i in own if self._means(i, value)}
+            for form, i in options.items():
+                if current < 0 or self._draft.forms[current] != form:
+                    if current < 0 and passed == {form}:
+                        plain.append((attribute, position, i))
+                    other.append((attribute, position, i))
+            if current >= 0:
+                other.append((attribute, position, -1))
+        if len(plain) > 1:
+            yield _Remedy(name, places=tuple(plain))
+        for place in [*plain, *(o for o in other if o not in plain)]:
+            yield _Remedy(name, places=(place,))
+
+    def _means(self, i: int, value: int) -> bool:
+        size = self._seen.sizes[i]
+        return size.passed and not size.attribute and size.value == value
+
+    def _options(self, own: list[int], value: int) -> dict[int, int]:
+        """Changing sizes of that value: form -> the first size seen of it."""
+        found: dict[int, int] = {}
+        for i in own:
+            if self._seen.sizes[i].value == value and self._slope(i).any():
+                found.setdefault(self._draft.forms[i], i)
+        return found
+
+    def _ties(self, name: str) -> Iterator[_Remedy]:
+        own = self._own.get(name, [])
+        values = dict.fromkeys(self._seen.sizes[i].value for i in own)
+        several = [tuple(o.values()) for v in values if len(o := self._options(own, v)) > 1]
+        for sizes in several:
+            yield _Remedy(name, tied=(sizes,))
+        if len(several) > 1:
+            yield _Remedy(name, tied=tuple(several))
+
+    def _slope(self, i: int) -> Any:
+        return self._draft.structure.sizes.slope[self._draft.forms[i]]
+
+    def _groups(self, sizes: Collection[int]) -> tuple[str, ...]:
+        """Names of the groups that these sizes depend on, but for those that stay whole."""
+        found = {int(g) for i in sizes for g in np.flatnonzero(self._slope(i))}
+        names = (self._draft.structure.groups[g].name for g in sorted(found))
+        return tuple(n for n in names if n not in self._whole)
+
+    def _translated(self, remedy: _Remedy, name: str) -> _Remedy | None:
+        """The remedy for another module of the class that saw sizes in the same order."""
+        if name == remedy.module or self._kind(name) != self._kind(remedy.module):
+            return None
+        theirs, mine = self._own.get(remedy.module, []), self._own.get(name, [])
+        to = {-1: -1, **dict(zip(theirs, mine, strict=False))}
+        used = [*(i for _, _, i in remedy.places), *remedy.whole, *sum(remedy.tied, ())]
+        if len(theirs) != len(mine) or any(i not in to for i in used):
+            return None
+        held = {(a, p): v for a, p, v in integers(self._modules[name])}
+        for attribute, position, i in remedy.places:
+            if i >= 0 and held.get((attribute, position)) != self._seen.sizes[to[i]].value:
+                return None
+        return _Remedy(
+            name,
+            tuple((a, p, to[i]) for a, p, i in remedy.places),
+            tuple(tuple(to[i] for i in sizes) for sizes in remedy.tied),
+            tuple(to[i] for i in remedy.whole),
+        )
+
+
+def freeze(seen: Trace, group: ChannelGroup, reason: str) -> None:
+    """Nothing of the group may be removed."""
+    leaves = {leaf.name: leaf for leaf in seen.leaves}
+    for m in group.members:
+        ids = leaves[m.parameter].starts[m.dim] + m.indices.ravel()
+        seen.space.freeze(torch.from_numpy(ids), reason)
+
+
+def _placed(remedy: _Remedy) -> Choices:
+    return {(remedy.module, a, p): i for a, p, i in remedy.places}
+
+
+def _ancestors(module: str) -> list[str]:
+    """The module, the one around it, and so on to the model itself."""
+    found = [module]
+    while module:
         module = module.rpartition(".")[0]
-        level -= 1
-    if level > 0:
-        return False
-    reason = f"the code of {module!r} computes with this size ({error})"
-    for size in seen.sizes:
-        inside = size.module == module or (module and size.module.startswith(f"{module}."))
-        if inside or not module:
-            for facet in size.facets:
-                if facet.shape[size.dim] > 1:
-                    seen.space.freeze(facet, reason)
-    return True
+        found.append(module)
+    return found
+
+
+def _line(size: SizeSeen) -> Tensor:
+    """Labels along the dim of a size, shape (value,)."""
+    facet = next(f for f in size.facets if f.shape[size.dim] > 1)
+    for d in range(facet.dim()):
+        if d != size.dim:
+            facet = facet.narrow(d, 0, 1)
+    return facet.reshape(-1)

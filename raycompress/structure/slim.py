@@ -63,7 +63,7 @@ def slim(
     sizes = structure.sizes.values(structure.counts(counts))
     modules = dict(small.named_modules())
     for fix in structure.fixes:
-        setattr(modules[fix.module], fix.attribute, int(sizes[fix.size]))
+        fix.apply(modules[fix.module], int(sizes[fix.size]))
     for module in {name.rpartition(".")[0] for name in by_name}:
         _correct(modules[module])
     return small

@@ -48,7 +48,8 @@ class Term:
 class SizeSeen:
     """A size that the code of a module passed to an operator, and the dim that it stands for.
 
-    `attribute` names the module's attribute where the operator says which it is.
+    `attribute` names the module's attribute where the operator says which it is. A size that
+    wasn't `passed` was only there to be read: from what the module got, or what its parts gave.
     """
 
     module: str
@@ -57,6 +58,7 @@ class SizeSeen:
     facets: tuple[Tensor, ...]
     dim: int
     attribute: str = ""
+    passed: bool = True
 
 
 @dataclass
@@ -207,6 +209,16 @@ class Trace:
         """Remembers a size that the module's code depends on."""
         self.sizes.append(SizeSeen(self.module, value, tuple(shape), tuple(facets), dim, attribute))
 
+    def could_read(self, tensors: list[Tensor]) -> None:
+        """Remembers the sizes of tensors that the running module's code holds."""
+        for t in tensors:
+            shape, facets = tuple(t.shape), tuple(self.facets(t))
+            self.sizes += [
+                SizeSeen(self.module, size, shape, facets, dim, passed=False)
+                for dim, size in enumerate(shape)
+                if size > 1
+            ]
+
 
 def _outputs(out: Any) -> list[Tensor]:
     if isinstance(out, Tensor):
@@ -326,18 +338,20 @@ def trace(
     handles = []
     for name, module in model.named_modules():
 
-        def enter(_module: nn.Module, _args: Any, name: str = name) -> None:
+        def enter(_module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
             tracer.stack.append(name)
             if name not in tracer.called:
                 tracer.called.append(name)
+            tracer.could_read(_outputs([*args, *kwargs.values()]))
 
         def leave(_module: nn.Module, _args: Any, out: Any, name: str = name) -> None:
             tracer.stack.pop()
             first = next((t for t in _outputs(out)), None)
             if first is not None:
                 tracer.outputs.setdefault(name, (tuple(first.shape), tracer.facets(first)))
+            tracer.could_read(_outputs(out))
 
-        handles.append(module.register_forward_pre_hook(enter))
+        handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
         handles.append(module.register_forward_hook(leave))
     try:
         with quiet(model):

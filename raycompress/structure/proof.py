@@ -1,0 +1,67 @@
+"""What the analysis found is tried: the slim model must compute what the masked one does."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raycompress.structure.model import Structure
+from raycompress.structure.slim import slim
+from raycompress.structure.verify import Verdict, verify
+
+__all__ = ["wrong_groups"]
+
+_Kept = dict[str, range]
+
+
+def wrong_groups(
+    model: nn.Module, structure: Structure, kept: _Kept, inputs: tuple[Any, ...] | dict[str, Any]
+) -> dict[str, str]:
+    """Groups that can't be slimmed without another result, with what was found.
+
+    Args:
+        model: the dense model.
+        structure: its structure.
+        kept: kept channels of every group that is tried.
+        inputs: arguments of the model.
+    """
+    verdict = _compare(model, structure, kept, inputs)
+    if verdict.kind != "wrong":
+        return {}
+    if len(kept) == 1:
+        return dict.fromkeys(kept, verdict.reasons[0])
+    names = list(kept)
+    halves = (names[: len(names) // 2], names[len(names) // 2 :])
+    found: dict[str, str] = {}
+    for half in halves:
+        found |= wrong_groups(model, structure, {n: kept[n] for n in half}, inputs)
+    if not found:  # only together
+        found = dict.fromkeys(halves[1], verdict.reasons[0])
+    return found
+
+
+def _compare(model: nn.Module, structure: Structure, kept: _Kept, inputs: Any) -> Verdict:
+    masked = _masked(model, structure.masks(kept))
+    small = slim(model, structure, kept)
+    verdict = verify(masked, small, inputs, structure=structure, kept=kept)
+    single = any(p.dtype == torch.float32 for p in model.parameters())
+    if verdict.kind == "wrong" and single:  # rounding, or a mistake?
+        double = verify(masked, small, inputs, structure=structure, kept=kept, dtype=torch.float64)
+        if double.max_error < float("inf"):
+            return double
+    return verdict
+
+
+def _masked(model: nn.Module, masks: dict[str, Tensor]) -> nn.Module:
+    """A copy with zeros that shares what has none."""
+    shared: dict[int, Any] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) not in shared or name in masks:
+            value = parameter.detach()
+            if name in masks:
+                value = value * masks[name].to(value.device)
+            shared[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
+    return copy.deepcopy(model, shared)
