@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from raycompress.artifacts import load, save
     from raycompress.config import JobConfig
     from raycompress.driver import run
     from raycompress.errors import RaycompressError, TaskError
@@ -36,9 +37,11 @@ _HOMES = {
     "TaskError": "errors",
     "analyze": "structure",
     "hold": "masks",
+    "load": "artifacts",
     "load_masks": "masks",
     "masked_copy": "masks",
     "run": "driver",
+    "save": "artifacts",
     "save_masks": "masks",
     "slim": "structure",
     "split_indices": "task",
@@ -61,9 +64,11 @@ __all__ = [
     "TaskError",
     "analyze",
     "hold",
+    "load",
     "load_masks",
     "masked_copy",
     "run",
+    "save",
     "save_masks",
     "slim",
     "split_indices",

@@ -14,7 +14,7 @@ import torch
 from hostile import CONSTANTS, MODEL, WEIGHTS, Net, edited, parts_of, write
 from torch import nn
 
-from raycompress.artifacts import load_pt2, save_pt2
+from raycompress.artifacts.pt2 import load_pt2, save_pt2
 from raycompress.errors import ArtifactError, VerificationError
 
 NAMES = (
