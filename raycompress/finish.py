@@ -114,7 +114,10 @@ def finish_trial(
                 "it was not published"
             )
         verification = Verification(
-            kind=verdict.kind, max_error=verdict.max_error, reasons=verdict.reasons
+            kind=verdict.kind,
+            max_error=verdict.max_error,
+            reasons=verdict.reasons,
+            reference_error=verdict.reference_error,
         )
         masked = Candidate(store.put(Weights(full.state_dict(), {})))
         cost = plan.structure.cost(winner.counts)

@@ -110,11 +110,14 @@ class Verification:
         kind: "exact"; "inexact": differs for the named reasons; "wrong".
         max_error: Largest absolute difference, relative to the largest absolute output.
         reasons: Operations across pruned channels, or what is wrong.
+        reference_error: Against the masked model whose operations across channels see the kept
+            channels only; None where slim equals masked.
     """
 
     kind: Literal["exact", "inexact", "wrong"]
     max_error: float
     reasons: tuple[str, ...] = ()
+    reference_error: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

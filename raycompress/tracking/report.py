@@ -137,6 +137,11 @@ def _trial(trial: TrialResult) -> list[str]:
             f"- Slim against masked: {trial.verification.kind}, largest relative error "
             f"{trial.verification.max_error:.1e}{f' ({reasons})' if reasons else ''}"
         )
+        if trial.verification.reference_error is not None:
+            lines.append(
+                "- Slim against masked with these operations over the kept channels only: largest "
+                f"relative error {trial.verification.reference_error:.1e}"
+            )
     lines.append(
         f"- Search: {trial.dfe:.1f} dense-forward equivalents, {trial.evaluations} candidates "
         f"evaluated, {trial.replayed} answered by the ledger, {trial.seconds:.1f} s"
