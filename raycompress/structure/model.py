@@ -17,6 +17,7 @@ from raycompress.structure.cost import Cost, CostModel, LayerCost
 
 if TYPE_CHECKING:
     from raycompress.structure.completion import Completion
+    from raycompress.structure.graph import GraphPlan
 
 __all__ = [
     "AnyMasks",
@@ -139,6 +140,7 @@ class Structure:
         module_types: class name of each module.
         fixes: attributes to correct in a slim model.
         sizes: cost terms and layer sizes as functions of the kept counts.
+        plan: the exported graph and what changes in it, for graph form; None for module form.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -149,6 +151,12 @@ class Structure:
     module_types: dict[str, str]
     fixes: tuple[AttributeFix, ...]
     sizes: CostModel
+    plan: GraphPlan | None = None
+
+    @property
+    def form(self) -> Literal["module", "graph"]:
+        """What `slim` makes: the user's class, or the exported graph."""
+        return "module" if self.plan is None else "graph"
 
     def group(self, name: str) -> ChannelGroup:
         """The group of that name, or the one that a module of that name produces."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from raycompress.errors import StructureError
 from raycompress.structure.model import AnyMasks, Kept, Structure
 
-__all__ = ["expand", "slim"]
+__all__ = ["cut_tensors", "expand", "slim"]
 
 _Vectors = dict[tuple[str, int], NDArray[np.bool_]]
 
@@ -42,13 +42,30 @@ def slim(
     if kept is None:
         assert masks is not None
         kept = structure.kept(masks)
-    vectors = structure.keep_vectors(kept)
-    by_name: dict[str, list[tuple[int, Tensor]]] = {}
-    for (name, dim), vector in vectors.items():
-        by_name.setdefault(name, []).append((dim, torch.from_numpy(np.flatnonzero(vector))))
+    if structure.plan is not None:
+        from raycompress.structure.graph import slim_graph
+
+        return slim_graph(model, structure, kept)
     # Cut tensors enter the copy through deepcopy's memo, so the dense ones are never copied and
     # tied parameters stay tied.
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = dict(cut_tensors(model, structure, kept))
+    small = copy.deepcopy(model, memo)
+    counts = {name: len(index) for name, index in structure.indices(kept).items()}
+    sizes = structure.sizes.values(structure.counts(counts))
+    modules = dict(small.named_modules())
+    for fix in structure.fixes:
+        fix.apply(modules[fix.module], int(sizes[fix.size]))
+    for module in {name.rpartition(".")[0] for name, _ in structure.keep_vectors(kept)}:
+        _correct(modules[module])
+    return small
+
+
+def cut_tensors(model: nn.Module, structure: Structure, kept: Kept) -> dict[int, Tensor]:
+    """Slim copies of the parameters and buffers that lose something, by the dense one's id."""
+    by_name: dict[str, list[tuple[int, Tensor]]] = {}
+    for (name, dim), vector in structure.keep_vectors(kept).items():
+        by_name.setdefault(name, []).append((dim, torch.from_numpy(np.flatnonzero(vector))))
+    result: dict[int, Tensor] = {}
     for name, tensor in _tensors(model, structure).items():
         if name not in by_name:
             continue
@@ -57,16 +74,8 @@ def slim(
             cut = cut.index_select(dim, index.to(cut.device))
         if isinstance(tensor, nn.Parameter):
             cut = nn.Parameter(cut, requires_grad=tensor.requires_grad)
-        memo[id(tensor)] = cut
-    small = copy.deepcopy(model, memo)
-    counts = {name: len(index) for name, index in structure.indices(kept).items()}
-    sizes = structure.sizes.values(structure.counts(counts))
-    modules = dict(small.named_modules())
-    for fix in structure.fixes:
-        fix.apply(modules[fix.module], int(sizes[fix.size]))
-    for module in {name.rpartition(".")[0] for name in by_name}:
-        _correct(modules[module])
-    return small
+        result[id(tensor)] = cut
+    return result
 
 
 def _tensors(model: nn.Module, structure: Structure) -> dict[str, Tensor]:

@@ -123,7 +123,6 @@ class Trace:
     outputs: dict[str, tuple[tuple[int, ...], Facets]] = field(default_factory=dict)  # of modules
     batch: int = 1
     output: Any = None  # what the model returned
-    output: Any = None  # what the model returned
     _by_id: dict[int, Leaf] = field(default_factory=dict)
     _by_storage: dict[tuple[int, tuple[int, ...]], Leaf] = field(default_factory=dict)
     stack: list[str] = field(default_factory=list)
@@ -134,6 +133,11 @@ class Trace:
             self._by_id[id(leaf.tensor)] = leaf
             if leaf.tensor.numel():
                 self._by_storage[leaf.tensor.data_ptr(), tuple(leaf.tensor.shape)] = leaf
+
+    def add(self, leaf: Leaf) -> None:
+        """A tensor that isn't the model's gets labels of its own, as a parameter does."""
+        self.leaves.append(leaf)
+        self._by_id[id(leaf.tensor)] = leaf
 
     @property
     def module(self) -> str:
@@ -322,6 +326,7 @@ def trace(
     kwargs: dict[str, Any],
     find: Callable[[Any], Rule | None],
     run: Callable[[Call], Any] = _as_written,
+    forward: Callable[[Trace, tuple[Any, ...], dict[str, Any]], Any] | None = None,
 ) -> Trace:
     """Runs the model once and returns what the labels showed.
 
@@ -331,6 +336,7 @@ def trace(
         kwargs: its keyword arguments.
         find: the rule of an operator.
         run: computes an operator's outputs, which must have the usual shapes.
+        forward: computes what the model does, in place of the model's own code.
     """
     tracer = Trace(LabelSpace(), leaves_of(model))
     inputs = [t for t in flat((args, kwargs)) if isinstance(t, Tensor)]
@@ -357,7 +363,7 @@ def trace(
         with quiet(model):
             args, kwargs = mapped((args, kwargs), _fresh_input)
             with _Mode(tracer, find, run):
-                out = model(*args, **kwargs)
+                out = forward(tracer, args, kwargs) if forward else model(*args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()

@@ -1,0 +1,97 @@
+"""From a model to its structure in graph form: export, trace, and a slim graph that is tried."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Interpreter, Node
+
+from raycompress.errors import StructureError
+from raycompress.structure.graph import apart, plan_of, slim_graph
+from raycompress.structure.graph_handlers import HANDLERS
+from raycompress.structure.graph_program import export
+from raycompress.structure.graph_trace import GraphTrace
+from raycompress.structure.model import Structure
+from raycompress.structure.probe import uneven
+from raycompress.structure.quiet import quiet
+from raycompress.structure.repair import Draft
+from raycompress.structure.trace import Trace, trace
+
+__all__ = ["graph_structure"]
+
+_MAX_REPAIRS = 64
+
+
+def graph_structure(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    protect: Callable[[Trace], None],
+    collect: Callable[[Trace], Draft],
+) -> Structure:
+    """The structure of a model in graph form.
+
+    Args:
+        model: any module.
+        args: example positional arguments.
+        kwargs: example keyword arguments.
+        protect: freezes what the user protects.
+        collect: makes a structure of a trace.
+
+    Raises:
+        StructureError: the model can't be exported with a dynamic batch size, or its graph
+            doesn't run on labels.
+    """
+    program, args, kwargs = export(model, args, kwargs)
+    named: dict[str, Tensor] = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    run = GraphTrace(program, named, HANDLERS)
+    seen = trace(model, args, kwargs, run.find, forward=run.run)
+    protect(seen)
+    for _ in range(_MAX_REPAIRS):
+        draft = collect(seen)
+        plan = plan_of(run, draft.structure, draft.forms)
+        structure = apart(draft.structure, plan, set(named))
+        for seed in (0, 1):
+            stop = _stops_at(model, structure, seed, args, kwargs)
+            if stop is not None:
+                break
+        if stop is None:
+            return structure
+        name, error = stop
+        met = run.met.get(name, [])
+        if not met:
+            break
+        for facet in met:
+            seen.space.freeze(facet, f"{name} in the exported graph needs this size ({error})")
+    raise StructureError(f"graph form: the slim graph doesn't run: {error}")
+
+
+def _stops_at(
+    model: nn.Module, structure: Structure, seed: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[str, str] | None:
+    """(instruction, error) where a slim graph stops; None if it runs."""
+    small = slim_graph(model, structure, uneven(structure, (), seed))
+    interpreter = _Stopping(small)
+    with quiet(small):
+        try:
+            interpreter.boxed_run(torch.utils._pytree.tree_leaves((args, kwargs)))
+        except Exception as error:  # an operator raises what it likes
+            text = (str(error).splitlines() or [""])[0][:120]
+            return interpreter.at, f"{type(error).__name__}: {text}"
+    return None
+
+
+class _Stopping(Interpreter):
+    """Knows which instruction is running."""
+
+    at = ""
+
+    def run_node(self, n: Node) -> Any:
+        self.at = n.name
+        return super().run_node(n)
