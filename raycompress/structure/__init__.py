@@ -3,6 +3,7 @@
 from raycompress.structure.analyze import analyze
 from raycompress.structure.completion import Change, Completion, masks_of
 from raycompress.structure.cost import Cost, LayerCost
+from raycompress.structure.fold import FoldedLayer, Folding, fold_constants
 from raycompress.structure.latency import LatencyRow, file_size, measure
 from raycompress.structure.model import ChannelGroup, Frozen, Member, Structure
 from raycompress.structure.operators import register_operator
@@ -17,6 +18,8 @@ __all__ = [
     "ChannelGroup",
     "Completion",
     "Cost",
+    "FoldedLayer",
+    "Folding",
     "Frozen",
     "LatencyRow",
     "LayerCost",
@@ -27,6 +30,7 @@ __all__ = [
     "elementwise",
     "expand",
     "file_size",
+    "fold_constants",
     "masks_of",
     "measure",
     "register_operator",
