@@ -229,6 +229,16 @@ class Trial:
             return math.inf
         return sum(s.loss for s in self.shards) / sum(s.count for s in self.shards)
 
+    def trained(self) -> str:
+        """Digest of the weights that training produced.
+
+        Raises:
+            EvaluationError: Training failed; a search whose next step needs them ends here.
+        """
+        if self.weights is None:
+            raise EvaluationError(f"training failed: {self.failure}")
+        return self.weights
+
 
 Search = Generator[Sequence[Candidate], list[Trial], Candidate]
 """What a pruner's `search` returns."""

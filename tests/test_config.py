@@ -198,7 +198,7 @@ def test_pruners_are_built_from_names_and_import_paths():
     ("entry", "expected"),
     [
         ({"type": "L1Filtr"}, "p.type: no pruner 'L1Filtr'; did you mean 'L1Filter' or 'L2Filter'?"),
-        ({"sparsity": 0.5}, "p.type must be one of L1Filter, L2Filter, Level, "),
+        ({"sparsity": 0.5}, "p.type must be one of ADMM, AGP, "),
         ({"type": "L1Filter", "sparsty": 0}, "p.sparsty is no key of L1Filter; did you mean"),
         ({"type": "L1Filter", "sparsity": "0.5"}, "p.sparsity must be a number, got '0.5'"),
         ({"type": "os:getcwd"}, "p.type: 'os:getcwd' is an object of type"),

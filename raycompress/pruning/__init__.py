@@ -1,16 +1,28 @@
 """Pruners: frozen dataclasses whose fields are their YAML keys."""
 
+from raycompress.pruning.admm import ADMM
+from raycompress.pruning.agp import AGP
+from raycompress.pruning.iterative import Iterative
 from raycompress.pruning.level import Level
+from raycompress.pruning.lottery_ticket import LotteryTicket
+from raycompress.pruning.movement import MovementPruning
 from raycompress.pruning.one_shot import L1Filter, L2Filter, OneShot
 from raycompress.pruning.pruner import Problem, Pruner
 from raycompress.pruning.simulated_annealing import SimulatedAnnealing
+from raycompress.pruning.soft import SoftFilter
 
 __all__ = [
+    "ADMM",
+    "AGP",
+    "Iterative",
     "L1Filter",
     "L2Filter",
     "Level",
+    "LotteryTicket",
+    "MovementPruning",
     "OneShot",
     "Problem",
     "Pruner",
     "SimulatedAnnealing",
+    "SoftFilter",
 ]

@@ -39,6 +39,13 @@ class Units:
         """Kept counts with this fraction of each final sparsity; 1.0: exactly the final counts."""
         return {key: self._count(key, self.sparsity[key] * fraction) for key in self.num}
 
+    def between(self, initial: float, progress: float) -> dict[str, int]:
+        """Kept counts on the way from an initial sparsity (0.0) to each final one (1.0)."""
+        return {
+            key: self._count(key, final + (min(initial, final) - final) * (1 - progress))
+            for key, final in self.sparsity.items()
+        }
+
     def counts_kept(self, fraction: float) -> dict[str, int]:
         """Kept counts if the kept share falls geometrically: (1 - final sparsity) ** fraction."""
         return {key: self._count(key, 1 - (1 - self.sparsity[key]) ** fraction) for key in self.num}
