@@ -11,6 +11,7 @@ Uniting is lazy: edges are collected here, and `closure.py` turns them into clas
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -23,6 +24,7 @@ __all__ = ["Conjunction", "Facets", "LabelSpace", "canonical", "move", "spread",
 
 Facets = list[Tensor]
 Ids = NDArray[np.int64]
+_ODD = np.int64(0x1E3779B97F4A7C15)
 
 
 def varying(facet: Tensor) -> tuple[int, ...]:
@@ -58,6 +60,18 @@ def move(facets: Facets, shape: Sequence[int], function: Callable[[Tensor], Tens
     return [f for f in moved if f is not None]
 
 
+def _distinct_rows(rows: Ids) -> tuple[Ids, Ids]:
+    """Places of the distinct rows, and for each row which of them it is."""
+    # Sums with odd weights tell rows apart much faster than sorting whole rows.
+    weights = (np.arange(rows.shape[1], dtype=np.int64) * 2 + 1) * _ODD
+    _, first, again = np.unique(
+        (rows * weights).sum(axis=1), return_index=True, return_inverse=True
+    )
+    if not np.array_equal(rows[first[again]], rows):  # two rows with one sum
+        _, first, again = np.unique(rows, axis=0, return_index=True, return_inverse=True)
+    return first, again.reshape(-1)
+
+
 @dataclass(frozen=True)
 class Conjunction:
     """Labels that are gone if and only if all their children are.
@@ -86,6 +100,7 @@ class LabelSpace:
         fixed: (labels, dim, reason): nothing may be removed along this dim.
         frozen: ids that can't be removed, with the reason.
         inexact: ids whose removal changes what is computed, with the reason.
+        flexible: (first id, one past the last) of labels of constants, see `constant_facets`.
     """
 
     count: int = 1
@@ -96,6 +111,7 @@ class LabelSpace:
     fixed: list[tuple[Ids, int, str]] = field(default_factory=list)
     frozen: list[tuple[Ids, str]] = field(default_factory=list)
     inexact: list[tuple[Ids, str]] = field(default_factory=list)
+    flexible: list[tuple[int, int]] = field(default_factory=list)
     _known: dict[bytes, Ids] = field(default_factory=dict)
 
     def fresh(self, number: int) -> Tensor:
@@ -103,6 +119,27 @@ class LabelSpace:
         ids = torch.arange(self.count, self.count + number)
         self.count += number
         return ids
+
+    def constant_facets(self, shape: Sequence[int], dims: Sequence[int]) -> Facets:
+        """Facets along dims where a tensor repeats one value: it can take any size.
+
+        Its size comes from another tensor or an attribute, so it follows the channels that it
+        meets. Where the code has the number written into it, the slim model stops.
+        """
+        facets = []
+        for dim in dims:
+            if shape[dim] > 1:
+                start = self.count
+                line = [shape[dim] if d == dim else 1 for d in range(len(shape))]
+                facets.append(self.fresh(shape[dim]).reshape(line))
+                self.flexible.append((start, self.count))
+        return facets
+
+    def is_constant(self, facet: Tensor) -> bool:
+        """Whether these are labels from `constant_facets`."""
+        first = int(facet.max())
+        at = bisect_right(self.flexible, (first, self.count)) - 1
+        return at >= 0 and self.flexible[at][0] <= int(facet.min()) and first < self.flexible[at][1]
 
     def unite(self, left: Tensor, right: Tensor) -> None:
         """These labels go together, element by element after broadcasting."""
@@ -143,10 +180,11 @@ class LabelSpace:
         key = children.tobytes() + bytes([inner]) + str(count).encode()
         ids = self._known.get(key)
         if ids is None:
+            first, again = _distinct_rows(children)
             ids = np.where(
                 (children == children[:, :1]).all(axis=1),
                 children[:, 0],
-                self.fresh(count).numpy(),
+                self.fresh(len(first)).numpy()[again],
             )
             ids[(children == 0).any(axis=1)] = 0
             self.conjunctions.append(Conjunction(ids, np.ascontiguousarray(children), inner))

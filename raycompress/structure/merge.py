@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 from torch import Tensor
 
 from raycompress.structure.labels import Facets, LabelSpace, varying
@@ -66,18 +67,83 @@ def merge(
         right = again
         if stable:
             break
+    left, right, matched = _matched(space, left, right)
+    a_fixed, b_fixed = _unexplained(a_shape, left), _unexplained(b_shape, right)
     result = list(left)
+    alone: Facets = []  # of the right, independent of the left and of one another
     for g in right:
         facet = g
         rest: Facets = []
         for f in result:
-            combined = _pair(space, f, a_shape, facet, b_shape)
+            twin = matched.get(id(g), f)
+            apart = varying(f) == varying(g) and twin is not f
+            combined = None if apart else _pair(space, f, a_fixed, facet, b_fixed)
             if combined is None:
                 rest.append(f)
             else:
                 facet = combined
-        result = [*rest, facet]
-    return [f for f in result if varying(f)]
+        if len(rest) == len(result):
+            alone.append(g)
+        else:
+            result = [*rest, facet]
+    return [f for f in [*result, *alone] if varying(f)]
+
+
+def _unexplained(shape: Sequence[int], facets: Facets) -> list[int]:
+    """The shape with size 1 along every dim that a facet explains."""
+    explained = {d for f in facets for d in varying(f)}
+    return [1 if d in explained else size for d, size in enumerate(shape)]
+
+
+def _matched(
+    space: LabelSpace, left: Facets, right: Facets
+) -> tuple[Facets, Facets, dict[int, Tensor]]:
+    """Sorts out axes that were flattened into one dim, and so share V.
+
+    Each meets the one of the other operand that runs as it does. Where the other operand doesn't
+    tell them apart, only the outermost can lose anything: an element that is gone for either of
+    two reasons belongs to two channels. Returns what is left of both, and whom each of the right
+    meets on the left.
+    """
+    matched: dict[int, Tensor] = {}
+    gone: set[int] = set()
+    for dims in {varying(f) for f in left} & {varying(g) for g in right}:
+        ours = [f for f in left if varying(f) == dims]
+        theirs = [g for g in right if varying(g) == dims]
+        if len(ours) == len(theirs) == 1:
+            continue
+        pairs: list[tuple[Tensor, Tensor]] = []
+        for g in theirs:
+            free = [f for f in ours if all(f is not p for p, _ in pairs)]
+            twin = next((f for f in free if _runs_alike(f, g)), None)
+            if twin is not None:
+                pairs.append((twin, g))
+        if not pairs:
+            pairs = [(max(ours, key=_run_length), max(theirs, key=_run_length))]
+        matched |= {id(g): f for f, g in pairs}
+        kept = {id(t) for pair in pairs for t in pair}
+        for facet in [*ours, *theirs]:
+            if id(facet) not in kept:
+                space.freeze(facet, "flattened with other channels into one dim")
+                gone.add(id(facet))
+    return (
+        [f for f in left if id(f) not in gone],
+        [g for g in right if id(g) not in gone],
+        matched,
+    )
+
+
+def _run_length(facet: Tensor) -> int:
+    """How long labels stay the same: long for an outer axis."""
+    line = facet.reshape(-1)
+    return int((line == line[0]).long().cumprod(0).sum())
+
+
+def _runs_alike(f: Tensor, g: Tensor) -> bool:
+    """Whether the labels of one are equal exactly where those of the other are."""
+    first, second = f.reshape(-1).numpy(), g.reshape(-1).numpy()
+    pairs = len(np.unique(np.stack([first, second]), axis=1).T)
+    return pairs == len(np.unique(first)) == len(np.unique(second))
 
 
 def _pair(
@@ -106,6 +172,7 @@ def _contained(space: LabelSpace, f: Tensor, f_shape: Sequence[int], g: Tensor) 
     real = [d for d in extra if f_shape[d] > 1]
     if real:
         g = space.unite_along(g, real)
+    space.keep_rectangular([g])
     whole = space.conjunction(g, [d for d in extra if d not in real])
     if whole is not None:
         space.unite(f, whole)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from raycompress.structure.labels import Facets, varying
-from raycompress.structure.merge import merge
+from raycompress.structure.merge import merge, reduce_over
 from raycompress.structure.trace import Call, Rule
 
 __all__ = ["CONTRACTIONS", "contract"]
@@ -78,11 +78,36 @@ def _vector(call: Call) -> None:
     call.set(call.out, [f for f in result if varying(f)])
 
 
+def _trilinear(call: Call) -> None:
+    """nn.Bilinear: a product of three tensors, each with unsqueezed dims, summed over some."""
+    space, tracer = call.space, call.tracer
+    joint: Facets = []
+    shape: tuple[int, ...] = ()
+    over = [int(d) for d in call.arg("sumdim")]
+    for i in "123":
+        tensor: Tensor = call.arg(f"i{i}")
+        dims = [int(d) for d in call.arg(f"expand{i}")]
+        facets, own = list(call.facets(tensor)), tuple(tensor.shape)
+        for d in sorted(dims):
+            facets = [f.unsqueeze(d) for f in facets]
+            own = (*own[:d], 1, *own[d:])
+        if not tracer.is_data(tensor):
+            kept = [f for f in facets if not set(varying(f)) & set(over)]
+            tracer.role(kept, "producer")
+            tracer.role([f for f in facets if set(varying(f)) & set(over)], "consumer")
+        joint = merge(space, joint, shape or (1,) * len(own), facets, own)
+        shape = tuple(max(a, b) for a, b in zip(shape or own, own, strict=True))
+    tracer.multiply_adds(1, shape, joint)
+    result = reduce_over(space, joint, over, keepdim=False)
+    call.set(call.out, result)
+
+
 CONTRACTIONS: dict[str, Rule] = {
     "aten::mm": _mm,
     "aten::bmm": _mm,
     "aten::addmm": _addmm,
     "aten::baddbmm": _baddbmm,
+    "aten::_trilinear": _trilinear,
     "aten::mv": _vector,
     "aten::dot": _vector,
 }

@@ -47,6 +47,32 @@ def _fill(call: Call) -> None:
     call.set(call.out, list(call.facets(call.arg("self"))))
 
 
+def _constant(call: Call) -> None:
+    """One value everywhere: the tensor's sizes follow what it meets."""
+    facets = call.space.constant_facets(call.out.shape, range(call.out.dim()))
+    call.set(call.out, facets)
+    for dim, size in enumerate(call.out.shape):
+        if size > 1:
+            call.tracer.saw(size, call.out.shape, facets, dim)
+
+
+def _glu(call: Call) -> None:
+    """x[:half] * sigmoid(x[half:]): the halves lose the same positions."""
+    source: Tensor = call.arg("self")
+    dim = call.arg("dim") % source.dim()
+    half = call.out.shape[dim]
+    facets = []
+    for facet in call.facets(source):
+        if facet.shape[dim] > 1:
+            call.space.parts.append((facet.numpy(), dim, half))
+            first, second = facet.narrow(dim, 0, half), facet.narrow(dim, half, half)
+            call.space.unite(first, second)
+            facets.append(first)
+        else:
+            facets.append(facet)
+    call.set(call.out, facets)
+
+
 def _created(call: Call) -> None:
     """A tensor made from nothing: no labels, its sizes are fixed."""
     if isinstance(call.out, Tensor):
@@ -63,16 +89,21 @@ _NAMES = (
     "_fused_dropout glu_jvp complex polar logical_not logical_and logical_or"
 ).split()
 _LIKE = "zeros_like ones_like empty_like full_like rand_like randn_like".split()
+_CONSTANT = (
+    "zeros ones empty full new_zeros new_ones new_full new_empty empty_strided new_empty_strided "
+    "_efficientzerotensor"
+).split()
 _CREATED = (
-    "zeros ones empty full arange linspace rand randn eye scalar_tensor new_zeros new_ones "
-    "new_full new_empty empty_strided new_empty_strided tensor randint randperm tril_indices "
-    "triu_indices logspace _efficientzerotensor hann_window"
+    "arange linspace rand randn eye scalar_tensor tensor randint randperm tril_indices "
+    "triu_indices logspace hann_window"
 ).split()
 
 ELEMENTWISE: dict[str, Rule] = {
     **{f"aten::{n}": elementwise for n in _NAMES},
     **{f"aten::{n}": _like for n in _LIKE},
+    **{f"aten::{n}": _constant for n in _CONSTANT},
     **{f"aten::{n}": _created for n in _CREATED},
     **{f"aten::{n}": _fill for n in ("fill", "zero", "normal", "uniform", "bernoulli_")},
     "aten::copy": _copy,
+    "aten::glu": _glu,
 }

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raycompress.structure.labels import Facets, canonical, move, spread
+from raycompress.structure.labels import Facets, canonical, move, spread, varying
 from raycompress.structure.trace import Call, Rule
 
 __all__ = ["MOVEMENTS", "run"]
@@ -59,6 +59,7 @@ def _view(call: Call) -> None:
     """View / reshape: the labels may need a copy where the data didn't."""
     source, out = call.args[0], call.out
     moved = move(call.facets(source), source.shape, lambda f: f.reshape(out.shape))
+    moved = _without_hidden_constants(call, moved)
     call.space.keep_rectangular(moved)
     call.set(out, moved)
     for dim, size in enumerate(out.shape):
@@ -66,14 +67,60 @@ def _view(call: Call) -> None:
             call.tracer.saw(size, out.shape, moved, dim)
 
 
+def _without_hidden_constants(call: Call, facets: Facets) -> Facets:
+    """Drops labels of constants along dims that other labels share after a view.
+
+    A key repeated for the queries of its group has such labels along the repeats. They would tie
+    the first query of every group, the second of every group, and so on.
+    """
+    if len(facets) < 2:
+        return facets
+    constant = [call.space.is_constant(f) for f in facets]
+    named = {d for f, c in zip(facets, constant, strict=True) if not c for d in varying(f)}
+    return [f for f, c in zip(facets, constant, strict=True) if not (c and named & set(varying(f)))]
+
+
 def _expand(call: Call) -> None:
     source, out = call.arg("self"), call.out
     new = out.dim() - source.dim()
     moved = [f.reshape((1,) * new + tuple(f.shape)) for f in call.facets(source)]
+    before = (1,) * new + tuple(source.shape)
+    moved += call.space.constant_facets(out.shape, [d for d, s in enumerate(before) if s == 1])
     call.set(out, moved)
     for dim, size in enumerate(out.shape):
         if size > 1:
             call.tracer.saw(size, out.shape, moved, dim)
+
+
+def _repeat(call: Call) -> None:
+    """Labels repeat with the data; a dim of size 1 becomes a constant along it."""
+    source, out = call.arg("self"), call.out
+    new = out.dim() - source.dim()
+    before = (1,) * new + call.first_shape
+    moved = move(call.facets(source), source.shape, lambda f: f.repeat(call.arg("repeats")))
+    moved += call.space.constant_facets(out.shape, [d for d, s in enumerate(before) if s == 1])
+    call.set(out, moved)
+    for dim, size in enumerate(out.shape):
+        if size > 1 and before[dim] == 1:
+            call.tracer.saw(size, out.shape, moved, dim)
+
+
+def _pairs(call: Call) -> None:
+    """view_as_complex: real and imaginary part of a number are one channel."""
+    source = call.arg("self")
+    facets = []
+    for facet in call.facets(source):
+        last = source.dim() - 1
+        if varying(facet) == (last,):
+            call.space.freeze(facet, "real and imaginary part")
+        else:
+            facets.append(call.space.unite_along(facet, [last]).squeeze(last))
+    call.set(call.out, [f for f in facets if varying(f)])
+
+
+def _unpaired(call: Call) -> None:
+    """view_as_real."""
+    call.set(call.out, [f.unsqueeze(-1) for f in call.facets(call.arg("self"))])
 
 
 def _roll(call: Call) -> None:
@@ -92,9 +139,8 @@ def _repeat_interleave(call: Call) -> None:
 
 
 _PLAIN = (
-    "permute transpose t squeeze unsqueeze movedim flip repeat tile pixel_shuffle "
-    "pixel_unshuffle channel_shuffle native_channel_shuffle unfold diagonal narrow unbind "
-    "tril triu rot90 view_as_real view_as_complex real imag swapaxes numpy_T mT adjoint "
+    "permute transpose t squeeze unsqueeze movedim flip unfold diagonal narrow unbind "
+    "tril triu rot90 real imag swapaxes numpy_T mT adjoint "
     "expand_copy permute_copy"
 ).split()
 _VIEWS = (
@@ -106,6 +152,9 @@ MOVEMENTS: dict[str, Rule] = {
     **{f"aten::{n}": _view for n in _VIEWS},
     "aten::as_strided": _as_strided,
     "aten::expand": _expand,
+    "aten::repeat": _repeat,
+    "aten::view_as_complex": _pairs,
+    "aten::view_as_real": _unpaired,
     "aten::roll": _roll,
     "aten::repeat_interleave": _repeat_interleave,
 }

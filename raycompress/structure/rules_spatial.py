@@ -61,6 +61,70 @@ def _fold(call: Call) -> None:
     call.set(call.out, result)
 
 
+def _pixel_shuffle(call: Call) -> None:
+    """(..., channels * r * r, h, w) -> (..., channels, h * r, w * r)."""
+    source: Tensor = call.arg("self")
+    dim = source.dim() - 3
+    shape = call.out.shape
+    result = []
+    for facet in _along_channels(call, source, 2):
+        if facet.shape[dim] > 1:
+            lead = facet.shape[:dim]
+            tiled = facet.reshape(*lead, shape[dim], -1, 1, 1)
+            facet = call.space.unite_along(tiled, [dim + 1]).squeeze(dim + 1)
+        result.append(facet)
+    call.set(call.out, result)
+
+
+def _pixel_unshuffle(call: Call) -> None:
+    """(..., channels, h * r, w * r) -> (..., channels * r * r, h, w)."""
+    source: Tensor = call.arg("self")
+    dim = source.dim() - 3
+    repeats = call.out.shape[dim] // source.shape[dim]
+    call.set(
+        call.out,
+        [
+            f.repeat_interleave(repeats, dim) if f.shape[dim] > 1 else f
+            for f in _along_channels(call, source, 2)
+        ],
+    )
+
+
+def _channel_shuffle(call: Call) -> None:
+    """(batch, groups * n, ...) -> (batch, n * groups, ...): every group loses the same ones."""
+    source: Tensor = call.arg("self")
+    groups = int(call.arg("groups"))
+    result = []
+    for facet in call.facets(source):
+        if facet.shape[1] > 1:
+            tiled = facet.reshape(facet.shape[0], groups, -1, *facet.shape[2:])
+            call.space.keep_rectangular([tiled])
+            facet = tiled.transpose(1, 2).reshape(facet.shape)
+        result.append(facet)
+    call.set(call.out, result)
+    call.tracer.saw(source.shape[1], source.shape, call.facets(source), 1)
+
+
+def _coordinates(call: Call) -> None:
+    for tensor in call.tensors():
+        for facet in call.facets(tensor):
+            call.space.freeze(facet, "coordinates of an affine grid")
+    call.set(call.out, [])
+
+
+def _fourier(call: Call) -> None:
+    """A transform mixes positions along its dims; the other dims pass."""
+    source: Tensor = call.arg("self")
+    dims = {int(d) % source.dim() for d in call.arg("dim")}
+    kept = []
+    for facet in call.facets(source):
+        if dims & set(varying(facet)):
+            call.space.freeze(facet, f"{call.name} along channels")
+        else:
+            kept.append(facet)
+    call.set(call.out, kept)
+
+
 def _grid_sample(call: Call) -> None:
     source: Tensor = call.arg("input")
     for facet in call.facets(call.arg("grid")):
@@ -82,6 +146,12 @@ _POOLS = (
 
 SPATIAL: dict[str, Rule] = {
     **{f"aten::{n}": _pool for n in _POOLS},
+    **{f"aten::{n}": _fourier for n in ("_fft_r2c", "_fft_c2r", "_fft_c2c")},
+    "aten::pixel_shuffle": _pixel_shuffle,
+    "aten::pixel_unshuffle": _pixel_unshuffle,
+    "aten::channel_shuffle": _channel_shuffle,
+    "aten::native_channel_shuffle": _channel_shuffle,
+    "aten::affine_grid_generator": _coordinates,
     "aten::im2col": _unfold,
     "aten::col2im": _fold,
     "aten::grid_sampler_2d": _grid_sample,

@@ -83,13 +83,13 @@ def prune(
     """
     torch.manual_seed(0)
     model = randomised(model)
-    structure = analyze(model, inputs(2), heads=heads)
+    structure = analyze(model, inputs(7), heads=heads)
     kept = half(structure)
     masked = copy.deepcopy(model)
     for name, mask in structure.masks(kept).items():
         masked.get_parameter(name).data.mul_(mask)
     small = slim(model, structure, kept)
-    for batch in (2, 5):
+    for batch in (7, 5):
         verdict = verify(masked, small, inputs(batch), structure=structure, kept=kept)
         assert verdict.kind == "exact" and verdict.max_error < 1e-10, (batch, verdict)
     before, after = (sum(p.numel() for p in m.parameters()) for m in (model, small))
@@ -99,7 +99,7 @@ def prune(
         cost = structure.cost(counts)
         assert cost.params == sum(p.numel() for p in candidate.parameters())
         if macs:
-            assert cost.macs == counted(candidate, inputs(2)) // 2 // structure.sizes.batch
+            assert cost.macs == counted(candidate, inputs(7)) // 2 // structure.sizes.batch
     dense = copy.deepcopy(model)
     dense.load_state_dict(expand(structure, model, small.state_dict(), kept))
     back = verify(dense, small, inputs(3), structure=structure)
