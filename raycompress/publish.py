@@ -10,8 +10,9 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 
+from raycompress.artifacts import save
 from raycompress.config import JobConfig
-from raycompress.errors import RaycompressError, VerificationError
+from raycompress.errors import ArtifactError, RaycompressError, VerificationError
 from raycompress.finish import final_model
 from raycompress.ledger import read_ledger
 from raycompress.plan import Plan
@@ -79,6 +80,11 @@ def publish(
             # All else of the trial is sound: the weights are in the store, and the reason is told.
             address = ""
             notes.append(f"{trial.name}: no exported model: {error}")
+        kept = {name: count for name, count, _ in trial.counts}
+        try:
+            save(model, folder / trial.name / "model.safetensors", kept=kept)
+        except ArtifactError as error:
+            notes.append(f"{trial.name}: no model.safetensors: {error}")
         child.log_artifact(folder / trial.name)
         child.log_params({"pruner": trial.pruner, "budget": trial.budget, "seed": trial.seed})
         child.log_metrics(_metrics(trial))

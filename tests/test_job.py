@@ -8,11 +8,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from raycompress.artifacts import load
 from raycompress.cli import app
 from raycompress.driver import run
 from raycompress.errors import RaycompressError
 from raycompress.ledger import read_ledger
 from raycompress.results import JobResult
+from raycompress.testing import ToyTask
 
 JOB = {
     "name": "toy",
@@ -67,9 +69,22 @@ def test_files_that_a_job_leaves(done):
         "results/figures/pareto.png",
         "results/L1Filter-macs50/masks.safetensors",
         "results/L1Filter-macs50/groups.json",
+        "results/L1Filter-macs50/model.safetensors",
     ):
         assert name in names
     assert JobResult.from_json((output / "results/summary.json").read_text()) == result
+
+
+def test_the_slim_model_is_left_as_a_recipe_for_its_class(done):
+    output, result = done
+    images, labels = ToyTask().dataset("test").tensors
+    for trial in result.trials:
+        model = ToyTask().build_model()
+        load(output / "results" / trial.name / "model.safetensors", model).eval()
+        slim = trial.row("slim")
+        assert sum(p.numel() for p in model.parameters()) == slim.params < result.dense.params
+        hits = (model(images).argmax(1) == labels).float().mean()
+        assert float(hits) == pytest.approx(slim.score_test)
 
 
 def test_the_same_job_again_does_nothing_twice(done):

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from raycompress.errors import ArtifactError, VerificationError
 
-__all__ = ["ExampleInputs", "Inputs", "Saved", "check", "exported", "first_line", "portable"]
+__all__ = ["ExampleInputs", "Inputs", "Saved", "compare", "exported", "first_line", "portable"]
 
 ExampleInputs = tuple[Any, ...] | Mapping[str, Any] | Tensor
 
@@ -133,17 +133,22 @@ def exported(model: nn.Module, inputs: Inputs) -> tuple[torch.export.ExportedPro
         ) from error
 
 
-def check(
+def compare(
     model: nn.Module, loaded: Callable[..., Any], inputs: Inputs, *, dynamic_batch: bool
 ) -> None:
-    """Compares what was loaded with the model, at another batch size where it takes any.
+    """Compares what was loaded with the model, at another batch size where both take any.
 
     Raises:
         VerificationError: it doesn't run there, or answers something else.
     """
     if dynamic_batch and inputs.batch is not None:
-        inputs = inputs.resized(inputs.batch + 3)
-    expected = inputs.call(model)
+        other = inputs.resized(inputs.batch + 3)
+        try:
+            expected, inputs = other.call(model), other
+        except Exception:  # the user's own model takes no other batch size
+            expected = inputs.call(model)
+    else:
+        expected = inputs.call(model)
     try:
         got = inputs.call(loaded)
     except Exception as error:

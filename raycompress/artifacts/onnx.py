@@ -16,7 +16,7 @@ from raycompress.artifacts.export import (
     ExampleInputs,
     Inputs,
     Saved,
-    check,
+    compare,
     exported,
     first_line,
     portable,
@@ -78,7 +78,7 @@ def save_onnx(model: nn.Module, example_inputs: ExampleInputs, path: str | Path)
             feed = {n: v.numpy() for n, v in zip(names, values, strict=True)}
             return [torch.from_numpy(answer) for answer in session.run(None, feed)]
 
-        check(model, run, inputs, dynamic_batch=not reason)
+        compare(model, run, inputs, dynamic_batch=not reason)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

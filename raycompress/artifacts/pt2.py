@@ -18,7 +18,7 @@ from raycompress.artifacts.export import (
     ExampleInputs,
     Inputs,
     Saved,
-    check,
+    compare,
     exported,
     first_line,
     portable,
@@ -86,7 +86,7 @@ def save_pt2(
     partial.write_bytes(clean.getbuffer())
     try:
         loaded = _load(partial, path, namespaces)
-        check(model, loaded, inputs, dynamic_batch=not reason)
+        compare(model, loaded, inputs, dynamic_batch=not reason)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

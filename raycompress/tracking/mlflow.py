@@ -32,10 +32,11 @@ from mlflow.entities import LoggedModelOutput, Metric, Param
 from mlflow.exceptions import MlflowException
 from torch import Tensor, nn
 
+from raycompress.artifacts.export import Inputs, compare, first_line, portable
 from raycompress.errors import RaycompressError, TrackingError
 from raycompress.tracking.address import artifact_place, check, masked, masked_uri
 from raycompress.tracking.base import Status
-from raycompress.tracking.export import batched, check_loaded, digest, outputs_of, portable
+from raycompress.weights import Weights, digest_of_state
 
 __all__ = ["MlflowTracker", "ui_command"]
 
@@ -182,9 +183,18 @@ class MlflowTracker:
             RaycompressError: torch.export can't export the model.
             VerificationError: What is loaded isn't what was kept.
         """
-        model = portable(model)
-        inputs = batched(example_inputs, max(2, *(len(v) for v in example_inputs)))
-        weights = digest(model)
+        for value in example_inputs:
+            if not isinstance(value, Tensor) or not value.dim():
+                raise RaycompressError(
+                    "MLflow keeps only models whose inputs are all tensors of examples, got "
+                    f"{type(value).__name__}"
+                )
+        model, inputs = portable(model), Inputs.of(example_inputs)
+        # torch takes a size of 0 or 1 for a constant.
+        inputs = inputs.resized(max(2, inputs.batch or 0))
+        # Class and weights, by which a model that was kept before is found.
+        weights = digest_of_state(Weights(model.state_dict(), {}))
+        weights = f"{type(model).__qualname__}:{weights}"
         with _guard(self._uri):
             model_id = self._kept(weights) or self._keep(model, inputs, weights)
             if registered_name is not None:
@@ -199,7 +209,7 @@ class MlflowTracker:
                 return str(output.model_id)
         return None
 
-    def _keep(self, model: nn.Module, inputs: tuple[Tensor, ...], weights: str) -> str:
+    def _keep(self, model: nn.Module, inputs: Inputs, weights: str) -> str:
         import mlflow.artifacts
         import mlflow.pytorch
 
@@ -217,7 +227,7 @@ class MlflowTracker:
                     dst_path=tempfile.mkdtemp(dir=folder),
                     tracking_uri=self._uri,
                 )
-                check_loaded(model, mlflow.pytorch.load_model(back), inputs)
+                compare(model, mlflow.pytorch.load_model(back), inputs, dynamic_batch=True)
                 status = "READY"
             finally:
                 self._client.finalize_logged_model(logged.model_id, status)
@@ -246,9 +256,7 @@ class MlflowTracker:
         self._open = False
 
 
-def _save(
-    model: nn.Module, inputs: tuple[Tensor, ...], folder: Path, run_id: str, model_id: str
-) -> None:
+def _save(model: nn.Module, inputs: Inputs, folder: Path, run_id: str, model_id: str) -> None:
     import mlflow.models
     import mlflow.pytorch
     from mlflow.types import Schema, TensorSpec
@@ -262,7 +270,7 @@ def _save(
             ]
         )
 
-    outputs = outputs_of(model, inputs)
+    args, outputs = inputs.args, inputs.call(model)
     described = bool(outputs) and all(o.dim() and o.dtype != torch.bfloat16 for o in outputs)
     try:
         mlflow.pytorch.save_model(
@@ -270,9 +278,9 @@ def _save(
             str(folder),
             mlflow_model=mlflow.models.Model(run_id=run_id, model_id=model_id),
             signature=mlflow.models.ModelSignature(
-                schema(inputs), schema(outputs) if described else None
+                schema(args), schema(outputs) if described else None
             ),
-            input_example=inputs[0].numpy() if len(inputs) == 1 else inputs,
+            input_example=args[0].numpy() if len(args) == 1 else args,
             pip_requirements=[
                 f"torch=={torch.__version__.split('+')[0]}",
                 f"mlflow=={mlflow.__version__}",
@@ -282,10 +290,9 @@ def _save(
     except MlflowException:
         raise
     except Exception as error:  # torch.export raises whatever the model's own code raises
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RaycompressError(
             f"torch.export can't export {type(model).__name__}, so that MLflow can't keep it: "
-            f"{type(error).__name__}: {reason}"
+            f"{type(error).__name__}: {first_line(error)}"
         ) from error
 
 

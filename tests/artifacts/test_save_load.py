@@ -148,3 +148,17 @@ def test_without_the_extra_onnx_the_error_names_it(tmp_path, monkeypatch):
     model, example = halved("Odd")
     with pytest.raises(ArtifactError, match=r"pip install 'raycompress\[onnx\]'.*onnxscript"):
         raycompress.save(model, tmp_path / "model.onnx", example)
+
+
+def test_the_lines_in_the_readme(tmp_path, monkeypatch):
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    (lines,) = (b for b in text.split("```python\n")[1:] if "raycompress.save(" in b)
+    monkeypatch.chdir(tmp_path)
+    small, example = halved("ConvNet")
+    names = {"small": small, "MyModel": KINDS["ConvNet"][0], "example_inputs": example}
+    exec(lines.split("```")[0], names)
+    assert {p.name for p in tmp_path.iterdir()} == {"small.safetensors", "small.pt2", "small.onnx"}
+    assert names["small"] is not small
+    expected = small(example)
+    assert torch.equal(names["small"].eval()(example), expected)
+    torch.testing.assert_close(names["program"](example), expected, rtol=1e-4, atol=1e-5)

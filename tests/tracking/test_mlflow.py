@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import raycompress
 from raycompress.errors import RaycompressError, TrackingError, VerificationError
 from raycompress.testing import ToyNet
 from raycompress.tracking.address import check, masked_uri
@@ -112,6 +113,9 @@ def test_the_model_loads_in_another_process_at_another_batch_size(output, client
     got = torch.load(output / "y.pt", weights_only=True)
     torch.testing.assert_close(got, model(torch.ones(7, 2, 6, 6)).detach())
     assert client.get_run(run.run_id).info.status == "RUNNING"
+    # The same file is a program for `load`, which doesn't read its pickled example inputs.
+    (program,) = (output / "artifacts").rglob("model.pt2")
+    torch.testing.assert_close(raycompress.load(program)(torch.ones(7, 2, 6, 6)), got)
 
     # A continued job keeps and registers the same weights once.
     assert start(output).log_model(model, EXAMPLE, "toy") == uri
