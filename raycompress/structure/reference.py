@@ -260,7 +260,7 @@ def _last_dims_norm(name: str) -> Callable[[_OnKept, Call], Any]:
         out = _again(call, **changed)
         several = isinstance(out, (tuple, list))
         result = _put_back(out[0] if several else out, kept, source.shape)
-        plain = call.func(*call.args, **call.kwargs)
+        plain = _again(call)
         run.changed(call, _cut(plain[0] if several else plain, kept), _cut(result, kept), name)
         return (result, *out[1:]) if several else result
 
@@ -268,30 +268,18 @@ def _last_dims_norm(name: str) -> Callable[[_OnKept, Call], Any]:
 
 
 def _group_norm(run: _OnKept, call: Call) -> Any:
+    """Of several groups whole ones go, which the others don't see."""
     source: Tensor = call.arg("input")
-    groups = int(call.arg("group"))
     kept = run.kept(call, source, [1])
-    if not kept:
+    if not kept or call.arg("group") > 1:
         return None
-    index = kept[1]
-    size = source.shape[1] // groups
-    counts = torch.bincount(index // size, minlength=groups)
-    alive = counts[counts > 0]
-    if (alive == size).all():
-        return None  # whole groups go: the others don't see it
-    if (alive != alive[0]).any():
-        raise StructureError("a GroupNorm keeps another number of channels in each group")
-    changed: dict[str, Any] = {"input": _cut(source, kept), "C": len(index), "group": len(alive)}
+    changed: dict[str, Any] = {"input": _cut(source, kept), "C": len(kept[1])}
     for affine in ("weight", "bias"):
         if call.before.get(affine) is not None:
-            changed[affine] = call.before[affine].index_select(0, index)
+            changed[affine] = call.before[affine].index_select(0, kept[1])
     out = _again(call, **changed)
-    result = _put_back(out[0], kept, source.shape)
-    plain = call.func(*call.args, **call.kwargs)
-    run.changed(call, _cut(plain[0], kept), out[0], "GroupNorm")
-    present = {1: torch.nonzero(counts).reshape(-1)}
-    statistics = [_put_back(s, present, (source.shape[0], groups)) for s in out[1:3]]
-    return (result, *statistics)
+    run.changed(call, _cut(_again(call)[0], kept), out[0], "GroupNorm")
+    return (_put_back(out[0], kept, source.shape), *out[1:])
 
 
 def _batch_norm(run: _OnKept, call: Call) -> Any:
@@ -321,8 +309,8 @@ def _contraction(**dims: int) -> Callable[[_OnKept, Call], Any]:
             return None
         result = _again(call, **changed)
         if len(changed) == len(dims) > 1:
-            plain = call.func(*call.args, **call.kwargs)
-            run.changed(call, plain, result, f"{call.name} of removed channels in")
+            name = f"{call.name} of removed channels in"
+            run.changed(call, _again(call), result, name)
         return result
 
     return handle
