@@ -7,6 +7,7 @@ is `norm` written out by hand, on the kept channels alone.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -138,6 +139,11 @@ CASES = [
         lambda x, w, b: x * sum(x[:, i : i + 1].cos() for i in range(x.shape[1])) * w + b,
     ),
     Case(
+        "normalize",
+        lambda: Affine(lambda x: x.cos() / x.cos().norm(dim=-1, keepdim=True)),
+        lambda x, w, b: x.cos() / x.cos().square().sum(1, keepdim=True).sqrt() * w + b,
+    ),
+    Case(
         "attended",
         lambda: Affine(attended),
         lambda x, w, b: (
@@ -228,8 +234,9 @@ BLIND_TO_SCALE = {
 each = pytest.mark.parametrize("name", ARCHITECTURES)
 
 
-def build(name: str) -> tuple[nn.Module, Tensor]:
-    """Every parameter is random and far from zero."""
+@functools.cache
+def analysed(name: str) -> tuple[nn.Module, Tensor, Structure]:
+    """Model, inputs and structure; every parameter is random and far from zero."""
     make, shape = ARCHITECTURES[name]
     generator = torch.Generator().manual_seed(0)
     model = make().double().eval()
@@ -237,7 +244,8 @@ def build(name: str) -> tuple[nn.Module, Tensor]:
         for p in model.parameters():
             p.copy_(torch.rand(p.shape, generator=generator, dtype=p.dtype) * 2 - 1)
             p.add_(0.3 * p.sign())
-    return model, torch.randn(shape, generator=generator, dtype=torch.float64)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return model, x, analyze(model, x)
 
 
 @dataclass
@@ -252,8 +260,7 @@ class Pruned:
 
     @classmethod
     def of(cls, name: str, seed: int = 0) -> Pruned:
-        model, x = build(name)
-        structure = analyze(model, x)
+        model, x, structure = analysed(name)
         generator = torch.Generator().manual_seed(seed)
         kept = {
             g.name: sorted(
@@ -273,9 +280,8 @@ class Pruned:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_the_reference_is_the_formula_over_kept_channels(case: Case) -> None:
-    model, x = build(case.name)
+    model, x, structure = analysed(case.name)
     assert isinstance(model, Between)
-    structure = analyze(model, x)
     kept = [1, 2, 4, 7]
     masked = masked_copy(model, structure.masks({"a": kept}))
     reference = run_on_kept(masked, structure, {"a": kept}, (x,), {})
@@ -329,7 +335,7 @@ def test_two_kept_indices_swapped_in_one_parameter_are_found(name: str) -> None:
 @each
 def test_a_slice_of_other_channels_is_found(name: str) -> None:
     pruned = Pruned.of(name)
-    dense, _ = build(name)
+    dense, _, _ = analysed(name)
     for (parameter, dim), keep in pruned.structure.keep_vectors(pruned.kept).items():
         small = copy.deepcopy(pruned.small)
         value = small.get_parameter(parameter).data
@@ -371,8 +377,7 @@ def test_groups_that_are_reduced_over_say_so(name: str) -> None:
 
 
 def test_a_model_that_is_not_masked_is_no_reference() -> None:
-    model, x = build("LayerNorm")
-    structure = analyze(model, x)
+    model, x, structure = analysed("LayerNorm")
     kept = {"a": [0, 3, 5]}
     with pytest.raises(StructureError, match=r"isn't zero where `kept` says so: 'a\.weight'"):
         run_on_kept(model, structure, kept, (x,), {})
@@ -387,3 +392,34 @@ def test_other_indices_than_slim_got_are_found() -> None:
         pruned.masked, pruned.small, pruned.x, structure=pruned.structure, kept={"a": other}
     )
     assert verdict.kind == "wrong"
+
+
+def test_whole_groups_of_a_group_norm_go_without_a_trace() -> None:
+    model = Between(nn.GroupNorm(4, WIDTH)).double().eval()
+    x = torch.randn(4, 5, dtype=torch.float64)
+    structure = analyze(model, x)
+    kept = {structure.groups[0].name: [1, 3]}
+    masked = masked_copy(model, structure.masks(kept))
+    reference = run_on_kept(masked, structure, kept, (x,), {})
+    assert reference.operations == ()
+    torch.testing.assert_close(reference.output, masked(x), rtol=0, atol=0)
+    small = slim(model, structure, kept)
+    assert verify(masked, small, x, structure=structure, kept=kept).kind == "exact"
+
+
+class Positions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(5, WIDTH)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        channels = self.a(x)
+        return channels.argmax(1), channels.min(1)[1], channels.median(1, True)[1]
+
+
+def test_positions_are_those_of_the_dense_model() -> None:
+    """Channel 5 stays channel 5: a slim model would call it 3, so no channel may go."""
+    model = Positions().double()
+    structure = analyze(model, torch.randn(4, 5, dtype=torch.float64))
+    assert not structure.groups
+    assert structure.frozen[0].reason.startswith("slim is wrong: differs by")
