@@ -1,7 +1,11 @@
 """Criteria: how much each channel or weight matters; higher = keep."""
 
+from raycompress.criteria.activation import ActivationCriterion, APoZ, MeanActivation
+from raycompress.criteria.bn_scale import BNScale
 from raycompress.criteria.criterion import Criterion, channel_rows, parameter_name, ranking_of
+from raycompress.criteria.fpgm import GeometricMedian
 from raycompress.criteria.magnitude import L1, L2, Magnitude
+from raycompress.criteria.taylor import Taylor
 from raycompress.errors import ConfigError
 from raycompress.importing import resolve
 from raycompress.wording import near
@@ -10,15 +14,31 @@ __all__ = [
     "CRITERIA",
     "L1",
     "L2",
+    "APoZ",
+    "ActivationCriterion",
+    "BNScale",
     "Criterion",
+    "GeometricMedian",
     "Magnitude",
+    "MeanActivation",
+    "Taylor",
     "channel_rows",
     "criterion",
     "parameter_name",
     "ranking_of",
 ]
 
-CRITERIA: dict[str, Criterion] = {"level": Magnitude(), "l1": L1(), "l2": L2()}
+CRITERIA: dict[str, Criterion] = {
+    "level": Magnitude(),
+    "l1": L1(),
+    "l2": L2(),
+    "fpgm": GeometricMedian(),
+    "apoz": APoZ(),
+    "mean_activation": MeanActivation(),
+    "taylor": Taylor(),
+    "taylor_weight": Taylor(form="weight"),
+    "bn_scale": BNScale(),
+}
 """Criteria by the names that jobs use."""
 
 

@@ -2,6 +2,8 @@
 
 from raycompress.pruning.admm import ADMM
 from raycompress.pruning.agp import AGP
+from raycompress.pruning.filters import ActivationAPoZRank, ActivationMeanRank, TaylorFO
+from raycompress.pruning.fpgm import FPGM
 from raycompress.pruning.iterative import Iterative
 from raycompress.pruning.level import Level
 from raycompress.pruning.lottery_ticket import LotteryTicket
@@ -9,11 +11,15 @@ from raycompress.pruning.movement import MovementPruning
 from raycompress.pruning.one_shot import L1Filter, L2Filter, OneShot
 from raycompress.pruning.pruner import Problem, Pruner
 from raycompress.pruning.simulated_annealing import SimulatedAnnealing
+from raycompress.pruning.slim import Slim
 from raycompress.pruning.soft import SoftFilter
 
 __all__ = [
     "ADMM",
     "AGP",
+    "FPGM",
+    "ActivationAPoZRank",
+    "ActivationMeanRank",
     "Iterative",
     "L1Filter",
     "L2Filter",
@@ -24,5 +30,7 @@ __all__ = [
     "Problem",
     "Pruner",
     "SimulatedAnnealing",
+    "Slim",
     "SoftFilter",
+    "TaylorFO",
 ]

@@ -1,0 +1,324 @@
+"""Where a model's activations show: after norms and activation functions, at any operator.
+
+Hooks on modules see neither functional activations nor which of several calls of a shared module is
+meant. So one pass with labels (`trace.py`) finds the operators whose outputs carry a group's
+channels, and they are counted: the n-th of the watched operators of one pass is the n-th of any
+other on inputs of the same shapes. A pass whose operators differ is an error.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from raycompress.errors import StructureError
+from raycompress.structure.closure import close
+from raycompress.structure.labels import Facets
+from raycompress.structure.model import Structure
+from raycompress.structure.operators import find_rule
+from raycompress.structure.pools import along
+from raycompress.structure.quiet import quiet
+from raycompress.structure.trace import Call, Rule, Trace, trace
+
+__all__ = ["Site", "Sites", "activation_sites", "watch"]
+
+Ids = NDArray[np.int64]
+
+_ACTIVATIONS = frozenset(
+    f"aten::{n}"
+    for n in (
+        "relu gelu silu mish elu leaky_relu rrelu _prelu_kernel hardswish threshold clamp "
+        "clamp_min glu log_sigmoid_forward softshrink hardshrink "
+        "sigmoid hardsigmoid tanh softplus hardtanh"
+    ).split()
+)
+# Where the result multiplies something, it is a gate or a part of an activation written out.
+_GATES = frozenset(f"aten::{n}" for n in "sigmoid hardsigmoid tanh softplus hardtanh".split())
+_SCALED = frozenset(f"aten::{n}" for n in "add sub rsub mul div _to_copy".split())
+# Operands, and the dim over which they are summed.
+_CONTRACTED = {
+    "aten::convolution": (("input", 1),),
+    "aten::addmm": (("mat1", -1), ("mat2", -2)),
+    "aten::mm": (("self", -1), ("mat2", -2)),
+    "aten::bmm": (("self", -1), ("mat2", -2)),
+    "aten::baddbmm": (("batch1", -1), ("batch2", -2)),
+}
+_GATE = "_raycompress_gate"
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A tensor of the forward pass that carries all channels of a group.
+
+    Attributes:
+        group: name of the group.
+        name: the module whose code runs the operator, the operator, and which such call of the
+            group's it is, as in "layer1.0 relu 2".
+        ordinal: which of the watched operators.
+        operand: name of the argument; "" for the operator's output.
+        dim: the channels lie along this dim,
+        size: which has this size.
+        positions: indices along the dim that belong to the group, shape (n,).
+        channels: the channel of each, shape (n,).
+    """
+
+    group: str
+    name: str
+    ordinal: int
+    operand: str
+    dim: int
+    size: int
+    positions: Ids
+    channels: Ids
+
+
+@dataclass(frozen=True, eq=False)
+class Sites:
+    """All sites of a model on inputs of certain shapes.
+
+    Attributes:
+        operators: the watched operators of the pass, in order.
+        found: the sites of all groups.
+    """
+
+    operators: tuple[str, ...]
+    found: tuple[Site, ...]
+
+
+def activation_sites(
+    model: nn.Module, structure: Structure, forward: Callable[[Any], Any], batch: Any
+) -> Sites:
+    """Finds the sites of every channel group.
+
+    They are the outputs of activation functions that carry the group's channels, after residual
+    sums and concatenations as before them. A sigmoid, tanh or the like that multiplies something is
+    a gate, and none. A group without any (a linear bottleneck, a residual stream, the product of
+    gates) is seen where it is read: at the inputs of the layers that consume it.
+
+    Args:
+        model: dense; its mode is left as it was.
+        structure: of the model.
+        forward: runs the model on a batch.
+        batch: tensors in lists, tuples and dicts.
+    """
+    finder = _Finder()
+    seen = trace(_Forward(model, forward), (batch,), {}, finder.find)
+    root, group_of, channel_of = _owners(seen, structure)
+    activations = [o for o in finder.activations if o.ordinal not in finder.gates]
+    found: list[Site] = []
+    numbers: dict[tuple[int, str, str], int] = defaultdict(int)
+    for seen_at in (activations, finder.inputs):
+        done = {site.group for site in found}
+        for each in seen_at:
+            name = finder.operators[each.ordinal].partition("::")[2]
+            for dim, line in each.lines(root):
+                for number in np.unique(group_of[line]):
+                    group = structure.groups[number]
+                    if number < 0 or group.name in done:
+                        continue
+                    positions = np.flatnonzero(group_of[line] == number)
+                    channels = channel_of[line[positions]]
+                    if len(np.unique(channels)) < group.num_channels:
+                        continue  # a part of the channels can't be compared with the rest
+                    key = int(number), each.module, name
+                    numbers[key] += 1
+                    called = f"{each.module} {name} {numbers[key]}".strip()
+                    place = each.ordinal, each.operand, dim, len(line)
+                    found.append(Site(group.name, called, *place, positions, channels))
+    return Sites(tuple(finder.operators), tuple(found))
+
+
+@contextmanager
+def watch(model: nn.Module, sites: Sites, see: Callable[[Site, Tensor], None]) -> Iterator[None]:
+    """Shows the tensors at the sites to `see` while the model runs once, in eval mode.
+
+    Raises:
+        StructureError: the pass runs other operators than the one in which the sites were found.
+    """
+    mode = _Watch(sites, see)
+    with quiet(model), mode:
+        yield
+    if mode.count != len(sites.operators):
+        raise StructureError(
+            f"the model ran {mode.count} activations and layers, not {len(sites.operators)} as "
+            "before on inputs of the same shapes: what it runs depends on its input's values"
+        )
+
+
+class _Forward(nn.Module):
+    """A model with the way it is called."""
+
+    def __init__(self, model: nn.Module, run: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.model = model
+        self.run = run
+
+    def forward(self, batch: Any) -> Any:
+        return self.run(batch)
+
+
+@dataclass(frozen=True, eq=False)
+class _Operator:
+    ordinal: int
+    module: str
+    facets: Facets
+    operand: str = ""
+    dim: int | None = None
+
+    def lines(self, root: Ids) -> list[tuple[int, Ids]]:
+        """(dim, classes) along which channels lie."""
+        found = [line for facet in self.facets for line in along(facet, root)]
+        return [(dim, line) for dim, line in found if self.dim in (None, dim)]
+
+
+@dataclass
+class _Finder:
+    """Looks over the rules' shoulders while a pass is traced."""
+
+    operators: list[str] = field(default_factory=list)
+    activations: list[_Operator] = field(default_factory=list)
+    inputs: list[_Operator] = field(default_factory=list)
+    gates: set[int] = field(default_factory=set)
+
+    def find(self, func: Any) -> Rule | None:
+        """The rule of an operator, which also remembers what is watched."""
+        rule = find_rule(func)
+        look = self._look(_name(func))
+        if rule is None or look is None:
+            return rule
+
+        def both(call: Call) -> None:
+            rule(call)
+            look(call)
+
+        return both
+
+    def _look(self, name: str) -> Rule | None:
+        if name in _ACTIVATIONS:
+            return self._activation
+        if name in _CONTRACTED:
+            return self._layer
+        return self._scaled if name in _SCALED else None
+
+    def _activation(self, call: Call) -> None:
+        out, ordinal = _output(call.out), len(self.operators)
+        name = _name(call.func)
+        self.operators.append(name)
+        if not call.tracer.is_data(out):
+            return
+        self.activations.append(_Operator(ordinal, _module(call), list(call.facets(out))))
+        if name in _GATES:
+            setattr(out, _GATE, ordinal)
+
+    def _layer(self, call: Call) -> None:
+        ordinal = len(self.operators)
+        name = _name(call.func)
+        self.operators.append(name)
+        for operand, dim in _CONTRACTED[name]:
+            tensor: Tensor = call.arg(operand)
+            if call.tracer.is_data(tensor):
+                facets = list(call.facets(tensor))
+                self.inputs.append(
+                    _Operator(ordinal, _module(call), facets, operand, dim % tensor.dim())
+                )
+
+    def _scaled(self, call: Call) -> None:
+        """Scaled and shifted by numbers, it still is the same gate."""
+        tensors = [t for t in call.tensors() if t.dim()]
+        gates = [getattr(t, _GATE) for t in tensors if hasattr(t, _GATE)]
+        if len(tensors) == 1 and gates:
+            setattr(call.out, _GATE, gates[0])
+        elif _name(call.func) == "aten::mul":
+            self.gates.update(gates)
+
+
+class _Watch(TorchDispatchMode):
+    def __init__(self, sites: Sites, see: Callable[[Site, Tensor], None]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.sites = sites
+        self.see = see
+        self.count = 0
+        self.at: dict[int, list[Site]] = defaultdict(list)
+        for site in sites.found:
+            self.at[site.ordinal].append(site)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name = _name(func)
+        out = func(*args, **(kwargs or {}))
+        if name not in _ACTIVATIONS and name not in _CONTRACTED:
+            return out
+        ordinal = self.count
+        self.count += 1
+        known = self.sites.operators
+        if ordinal >= len(known) or known[ordinal] != name:
+            before = f"{known[ordinal]} stood" if ordinal < len(known) else "no operator was left"
+            raise StructureError(
+                f"the model runs {name} where {before} before on inputs of the same shapes: what "
+                "it runs depends on its input's values"
+            )
+        for site in self.at.get(ordinal, ()):
+            tensor = _output(out)
+            if site.operand:
+                tensor = _argument(func, args, kwargs or {}, site.operand)
+            if tensor.dim() <= site.dim or tensor.shape[site.dim] != site.size:
+                raise StructureError(
+                    f"{site.name} of group {site.group!r} gave {site.size} channels along dim "
+                    f"{site.dim} before, and now has the shape {tuple(tensor.shape)}"
+                )
+            self.see(site, tensor)
+        return out
+
+
+def _owners(seen: Trace, structure: Structure) -> tuple[Ids, Ids, Ids]:
+    """Class of each label, and group (-1: none) and channel of each class."""
+    leaves = {leaf.name.removeprefix("model."): leaf for leaf in seen.leaves}
+    labels = [
+        (number, leaf.starts[member.dim] + member.indices)
+        for number, group in enumerate(structure.groups)
+        for member in group.members
+        if (leaf := leaves[member.parameter]).starts and leaf.starts[member.dim]
+    ]
+    policies: tuple[Literal["whole", "dim"], ...] = ("whole", "dim")
+    for heads in policies:  # the structure doesn't say which was its own
+        root = close(seen.space, heads).root
+        group_of = np.full(int(root.max()) + 1, -1, dtype=np.int64)
+        channel_of = group_of.copy()
+        for number, ids in labels:
+            group_of[root[ids]] = number
+            channel_of[root[ids]] = np.arange(len(ids))[:, None]
+        if all(
+            (group_of[root[ids]] == number).all()
+            and (channel_of[root[ids]] == np.arange(len(ids))[:, None]).all()
+            for number, ids in labels
+        ):
+            return root, group_of, channel_of
+    raise StructureError("the structure is of another model, or of another way to run it")
+
+
+def _name(func: Any) -> str:
+    name: str = func._schema.name
+    return name.removesuffix("_")
+
+
+def _module(call: Call) -> str:
+    return call.tracer.module.removeprefix("model").removeprefix(".")
+
+
+def _argument(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
+    place = next(i for i, a in enumerate(func._schema.arguments) if a.name == name)
+    return args[place] if place < len(args) else kwargs[name]
+
+
+def _output(out: Any) -> Tensor:
+    first: Tensor = out if isinstance(out, Tensor) else out[0]
+    return first
