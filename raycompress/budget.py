@@ -1,7 +1,8 @@
 """Budgets, and allocations that meet them by construction.
 
 A budget says what may be *kept*: `{"macs": "50%"}` of the dense model, or an absolute number,
-`{"params": 1_000_000}`; with several, all hold.
+`{"params": 1_000_000}`; with several, all hold. Multiply-adds and parameters are exact, priced by
+the structure; `latency_ms` is priced by a latency table, measured on the device beforehand.
 """
 
 from __future__ import annotations
@@ -9,13 +10,21 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from raycompress.errors import BudgetError, ConfigError
 from raycompress.structure import ChannelGroup, Cost, Structure
 
-__all__ = ["RESOURCES", "Allocator", "Budget", "Limit"]
+__all__ = ["RESOURCES", "Allocator", "Budget", "Limit", "Pricing"]
 
-RESOURCES = ("macs", "params")
+RESOURCES = ("latency_ms", "macs", "params")
+
+
+class Pricing(Protocol):
+    """What latency budgets are counted with, such as a `structure.LatencyTable`."""
+
+    def latency_ms(self, kept: Mapping[str, int] | None = None) -> float:
+        """Milliseconds with `kept[group]` channels; groups left out stay whole."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +47,9 @@ class Budget:
     """Limits by resource, sorted by name.
 
     Attributes:
-        limits: (resource, limit); resources are "macs" (multiply-adds of one example) and
-            "params" (parameters).
+        limits: (resource, limit); resources are "latency_ms" (milliseconds of a forward pass at
+            the batch size of its pricing), "macs" (multiply-adds of one example) and "params"
+            (parameters).
     """
 
     limits: tuple[tuple[str, Limit], ...]
@@ -75,23 +85,50 @@ class Budget:
             for name, limit in self.limits
         )
 
-    def excess(self, cost: Cost, dense: Cost) -> float:
-        """The largest ratio of a resource to its limit; at most 1 if the budget is met."""
+    @property
+    def names_latency(self) -> bool:
+        """Whether latency is limited, so that it takes a pricing to count with."""
+        return any(name == "latency_ms" for name, _ in self.limits)
+
+    def excess(
+        self, cost: Cost, dense: Cost, latency_ms: tuple[float, float] | None = None
+    ) -> float:
+        """The largest ratio of a resource to its limit; at most 1 if the budget is met.
+
+        Args:
+            cost: Of what is judged.
+            dense: Of the dense model.
+            latency_ms: Of both, in this order; needed where latency is limited.
+        """
         return max(
-            _resource(cost, name) / max(limit.absolute(_resource(dense, name)), 1e-9)
-            for name, limit in self.limits
+            used / max(limit.absolute(whole), 1e-9)
+            for limit, used, whole in self._amounts(cost, dense, latency_ms)
         )
 
-    def fraction(self, dense: Cost) -> float:
-        """The tightest limit as a fraction of the dense model."""
-        return min(
-            limit.absolute(_resource(dense, name)) / max(_resource(dense, name), 1)
-            for name, limit in self.limits
-        )
+    def kept(self, cost: Cost, dense: Cost, latency_ms: tuple[float, float] | None = None) -> str:
+        """What is kept of each limited resource, in words: "macs 12.5%, latency_ms 40% (0.8)"."""
+        parts = []
+        amounts = self._amounts(cost, dense, latency_ms)
+        for (name, limit), (_, used, whole) in zip(self.limits, amounts, strict=True):
+            amount = "" if limit.relative else f" ({used:.4g})"
+            parts.append(f"{name} {100 * used / max(whole, 1e-9):.3g}%{amount}")
+        return ", ".join(parts)
 
-
-def _resource(cost: Cost, name: str) -> float:
-    return float(cost.macs if name == "macs" else cost.params)
+    def _amounts(
+        self, cost: Cost, dense: Cost, latency_ms: tuple[float, float] | None
+    ) -> list[tuple[Limit, float, float]]:
+        """For each limit: what is used, and of how much."""
+        amounts = []
+        for name, limit in self.limits:
+            if name == "latency_ms":
+                if latency_ms is None:
+                    raise ValueError("a limit on latency_ms can't be judged without latencies")
+                amounts.append((limit, *latency_ms))
+            elif name == "macs":
+                amounts.append((limit, float(cost.macs), float(dense.macs)))
+            else:
+                amounts.append((limit, float(cost.params), float(dense.params)))
+        return amounts
 
 
 def _limit(value: str | int | float, key: str) -> Limit:
@@ -119,8 +156,11 @@ class Allocator:
         budget: What may be kept.
         round_to: Kept counts are multiples of this, where a group's own constraint allows it.
         min_kept: Never fewer channels than this in a group.
+        latency: Prices counts where the budget limits latency. More channels may cost less: what
+            `fit` returns is within the budget all the same, but may not be the largest that is.
 
     Raises:
+        ConfigError: The budget limits latency, and nothing prices it.
         BudgetError: Even the smallest allocation exceeds the budget.
     """
 
@@ -132,37 +172,59 @@ class Allocator:
         *,
         round_to: int = 1,
         min_kept: int = 1,
+        latency: Pricing | None = None,
     ) -> None:
+        if budget.names_latency and latency is None:
+            raise ConfigError(
+                f"budget {budget} needs a latency table, measured on the device "
+                "(raycompress.structure.latency_table); none was given"
+            )
         self.structure = structure
         self.groups = tuple(structure.group(name) for name in groups)
         self.budget = budget
         self.dense = structure.cost()
+        self._latency = latency if budget.names_latency else None
+        self._dense_ms = 0.0 if self._latency is None else self._latency.latency_ms()
         self._step = {g.name: _step(g, round_to) for g in self.groups}
         self._least = {
             g.name: min(self._round(g, max(min_kept, g.min_kept), up=True), g.num_channels)
             for g in self.groups
         }
-        smallest = structure.cost(self._least)
-        if budget.excess(smallest, self.dense) > 1:
-            lowest = ", ".join(
-                f"{name} {100 * _resource(smallest, name) / _resource(self.dense, name):.3g}%"
-                for name, _ in budget.limits
-            )
+        self._base = self._smallest()
+        if not self.meets(self._base):
+            kept = budget.kept(structure.cost(self._base), self.dense, self._ms(self._base))
             raise BudgetError(
-                f"budget {budget} can't be reached: with the fewest channels in all "
-                f"{len(self.groups)} prunable groups the model keeps {lowest}; "
+                f"budget {budget} can't be reached: pruned as far as it goes in all "
+                f"{len(self.groups)} prunable groups, the model keeps {kept}; "
                 "raise the budget, or allow more layers to be pruned"
             )
 
+    def _smallest(self) -> dict[str, int]:
+        """The fewest channels; or, where more take less time, the fastest uniform allocation."""
+        if self._latency is None or self.meets(self._least):
+            return self._least
+        uniform = dict.fromkeys(self._least, 1.0)
+        return min((self._counts(uniform, i / 64) for i in range(65)), key=self.excess)
+
+    def excess(self, counts: Mapping[str, int]) -> float:
+        """The largest ratio of a resource to its limit; at most 1 if the budget is met."""
+        return self.budget.excess(self.structure.cost(counts), self.dense, self._ms(counts))
+
     def meets(self, counts: Mapping[str, int]) -> bool:
         """Whether counts are within the budget."""
-        return self.budget.excess(self.structure.cost(counts), self.dense) <= 1
+        return self.excess(counts) <= 1
+
+    def _ms(self, counts: Mapping[str, int]) -> tuple[float, float] | None:
+        if self._latency is None:
+            return None
+        return self._latency.latency_ms(counts), self._dense_ms
 
     def fit(self, fractions: Mapping[str, float]) -> dict[str, int]:
         """The largest allocation in the direction of the fractions that meets the budget.
 
         All fractions are scaled by one factor, each capped at 1 and at the fewest channels; the
-        factor is the largest that meets the budget (bisection: cost grows with it). What rounding
+        factor is the largest that meets the budget (bisection: cost grows with it; where latency
+        doesn't, it ends at one of the factors at which the budget stops being met). What rounding
         leaves is then given out channel by channel, to whoever lies furthest below its share.
 
         Args:
@@ -180,7 +242,10 @@ class Allocator:
                 low = middle
             else:
                 high = middle
-        return self._fill(self._counts(fractions, low), lambda g: fractions[g.name] * high)
+        counts = self._counts(fractions, low)
+        if not low and not self.meets(counts):  # more channels than the fewest take less time
+            counts = self._base
+        return self._fill(counts, lambda g: fractions[g.name] * high)
 
     def _fill(
         self, counts: dict[str, int], share: Callable[[ChannelGroup], float]
