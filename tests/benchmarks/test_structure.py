@@ -108,15 +108,16 @@ def test_analysis_and_slimming_of_resnet50() -> None:
 
 
 def interleaved(calls: list[Callable[[], object]], repeats: int) -> list[list[float]]:
-    """Seconds of each round of calls, in turns, so that a change of the machine's speed hits all."""
+    """Seconds of each call in each round; a change of the machine's speed hits all alike."""
     rounds = []
-    for i in range(repeats + 5):
-        seconds = []
-        for call in calls:
+    for i in range(repeats + 6):
+        seconds = [0.0] * len(calls)
+        for j in range(len(calls)):
+            at = (i + j) % len(calls)  # none always follows the same one
             start = time.perf_counter()
-            call()
-            seconds.append(time.perf_counter() - start)
-        if i >= 5:  # warm
+            calls[at]()
+            seconds[at] = time.perf_counter() - start
+        if i >= 6:  # warm
             rounds.append(seconds)
     return rounds
 
@@ -127,7 +128,7 @@ def compare(name: str, dense: nn.Module, small: nn.Module, native: nn.Module, x:
     assert shapes == [tuple(p.shape) for p in native.parameters()]
     models = [m.eval() for m in (dense, small, native)]
     with torch.inference_mode():
-        rounds = interleaved([lambda m=m: m(x) for m in models], 40)
+        rounds = interleaved([lambda m=m: m(x) for m in models], 42)
     whole, ours, built = (1e3 * statistics.median(s) for s in zip(*rounds, strict=True))
     ratio = statistics.median(s / n for _, s, n in rounds)
     print(
