@@ -12,13 +12,19 @@ from raycompress.structure.model import Structure
 from raycompress.structure.slim import slim
 from raycompress.structure.verify import Verdict, verify
 
-__all__ = ["wrong_groups"]
+__all__ = ["is_right", "wrong_groups"]
 
 _Kept = dict[str, range]
+_Inputs = tuple[Any, ...] | dict[str, Any]
+
+
+def is_right(model: nn.Module, structure: Structure, kept: _Kept, inputs: _Inputs) -> bool:
+    """Whether the slim model is equal to the masked one, or its difference is explained."""
+    return _compare(model, structure, kept, inputs).kind != "wrong"
 
 
 def wrong_groups(
-    model: nn.Module, structure: Structure, kept: _Kept, inputs: tuple[Any, ...] | dict[str, Any]
+    model: nn.Module, structure: Structure, kept: _Kept, inputs: _Inputs
 ) -> dict[str, str]:
     """Groups that can't be slimmed without another result, with what was found.
 
@@ -43,7 +49,7 @@ def wrong_groups(
     return found
 
 
-def _compare(model: nn.Module, structure: Structure, kept: _Kept, inputs: Any) -> Verdict:
+def _compare(model: nn.Module, structure: Structure, kept: _Kept, inputs: _Inputs) -> Verdict:
     masked = _masked(model, structure.masks(kept))
     small = slim(model, structure, kept)
     verdict = verify(masked, small, inputs, structure=structure, kept=kept)

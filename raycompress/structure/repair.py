@@ -28,12 +28,11 @@ from raycompress.errors import StructureError
 from raycompress.structure.fixes import Choices, integers, named, to_fixes
 from raycompress.structure.model import ChannelGroup, Structure
 from raycompress.structure.probe import Stop, probe, uneven
-from raycompress.structure.proof import wrong_groups
+from raycompress.structure.proof import is_right, wrong_groups
 from raycompress.structure.trace import SizeSeen, Trace
 
 __all__ = ["Draft", "Repair", "freeze"]
 
-_SHARES = 3  # each share of channels that is tried may fit by chance
 _REACH = 3  # a module and how many around it may hold the attribute or the size at fault
 
 
@@ -90,26 +89,64 @@ class Repair:
     def run(self) -> Structure:
         """A structure whose slim models run, and compute what the masked ones do."""
         self._until_it_runs()
+        self._seed = 1  # what fits by chance for one share of channels doesn't for another
+        if not self._right({}, self._kept()):
+            self._until_it_runs()
+            self._until_it_is_right()
+        if self._whole:
+            self._draft = self._collect()
+        return self._structure()
+
+    def _kept(self) -> dict[str, range]:
+        return uneven(self._draft.structure, self._whole, self._seed)
+
+    def _until_it_is_right(self) -> None:
+        while not self._corrected(kept := self._kept()):
+            for name, reason in self._wrong(kept).items():
+                if not self._corrected({name: kept[name]}):
+                    group = self._draft.structure.group(name)
+                    freeze(self._seen, group, f"slim is wrong: {reason}")
+                    self._whole.add(name)
+
+    def _wrong(self, kept: dict[str, range]) -> dict[str, str]:
         args, kwargs = self._inputs
-        while True:
-            kept = uneven(self._draft.structure, self._whole, self._seed)
-            wrong = wrong_groups(self._model, self._structure(), kept, kwargs or args)
-            for name, reason in wrong.items():
-                freeze(self._seen, self._draft.structure.group(name), f"slim is wrong: {reason}")
-            if wrong or self._whole:
-                self._draft, self._whole = self._collect(), set()
-            if not wrong:
-                return self._structure()
+        return wrong_groups(self._model, self._structure(), kept, kwargs or args)
+
+    def _right(self, more: Choices, kept: dict[str, range]) -> bool:
+        args, kwargs = self._inputs
+        return is_right(self._model, self._structure(more), kept, kwargs or args)
+
+    def _corrected(self, kept: dict[str, range]) -> bool:
+        """Whether the slim model is right, if need be by attributes that nothing else asked for."""
+        if self._right({}, kept):
+            return True
+        changing = [
+            n for n, own in self._own.items() if not kept.keys().isdisjoint(self._groups(own))
+        ]
+        trials: list[Choices] = []
+        for certain in (True, False):
+            by_kind: dict[str, Choices] = {}
+            for name in changing:
+                found = by_kind.setdefault(self._kind(name), {})
+                for a, p, i in self._plain(name, self._own[name], certain):
+                    found[name, a, p] = i
+            trials.append({k: v for choices in by_kind.values() for k, v in choices.items()})
+            if len(kept) == 1:
+                trials += by_kind.values()
+        for choices in trials:
+            if choices and self._right(choices, kept):
+                self._chosen |= choices
+                return True
+        return False
 
     def _until_it_runs(self) -> None:
-        for self._seed in range(_SHARES):
-            while (stop := self._probe(self._structure())) is not None:
-                if len(self._whole) == len(self._draft.structure.groups):
-                    raise StructureError(f"a copy of the model doesn't run: {stop.error}")
-                self._accept(self._find(stop), stop)
+        while (stop := self._probe(self._structure())) is not None:
+            if len(self._whole) == len(self._draft.structure.groups):
+                raise StructureError(f"a copy of the model doesn't run: {stop.error}")
+            self._accept(self._find(stop), stop)
 
-    def _structure(self, remedy: _Remedy | None = None) -> Structure:
-        choices = {**self._chosen, **(_placed(remedy) if remedy is not None else {})}
+    def _structure(self, more: Choices | None = None) -> Structure:
+        choices = {**self._chosen, **(more or {})}
         fixes = to_fixes({k: v for k, v in choices.items() if v >= 0}, self._draft.forms)
         return replace(self._draft.structure, fixes=fixes)
 
@@ -119,12 +156,12 @@ class Repair:
 
     def _try(self, remedy: _Remedy) -> Stop | None:
         if not remedy.tied:
-            return self._probe(self._structure(remedy), self._groups(remedy.whole))
+            return self._probe(self._structure(_placed(remedy)), self._groups(remedy.whole))
         before, draft = len(self._seen.space.edges), self._draft
         self._tie(remedy)
         self._draft = self._collect()
         try:
-            return self._probe(self._structure(remedy), self._groups(remedy.whole))
+            return self._probe(self._structure(_placed(remedy)), self._groups(remedy.whole))
         finally:
             del self._seen.space.edges[before:]
             self._draft = draft
@@ -138,15 +175,15 @@ class Repair:
     def _find(self, stop: Stop) -> _Remedy:
         best: tuple[float, _Remedy] | None = None
         for remedy in self._candidates(stop):
+            if remedy.whole and best is not None:
+                return best[1]  # a step ahead costs nothing; keeping channels does
             after = self._try(remedy)
             gained = math.inf if after is None else after.operators
             if after is None or (gained > stop.operators and not after.inside(stop.module)):
                 return remedy
             if not remedy.whole and gained > max(stop.operators, best[0] if best else 0):
                 best = gained, remedy
-        if best is not None:
-            return best[1]
-        return _Remedy("", whole=tuple(range(len(self._seen.sizes))))
+        return best[1] if best else _Remedy("", whole=tuple(range(len(self._seen.sizes))))
 
     def _accept(self, remedy: _Remedy, stop: Stop) -> None:
         learnt = self._learnt.setdefault(self._kind(remedy.module), [])
@@ -197,22 +234,38 @@ class Repair:
     def _attributes(self, name: str, stopped: str) -> Iterator[_Remedy]:
         """The module's integers as sizes that had their values."""
         own = [*self._own.get(name, []), *(self._own.get(stopped, []) if name != stopped else [])]
-        plain, other = [], []
+        plain = self._plain(name, own)
+        if len(plain) > 1:
+            yield _Remedy(name, places=tuple(plain))
+        other = []
         for attribute, position, value in integers(self._modules[name]):
             current = self._chosen.get((name, attribute, position), -1)
-            options = self._options(own, value)
-            passed = {self._draft.forms[i] for i in own if self._means(i, value)}
-            for form, i in options.items():
+            for form, i in self._options(own, value).items():
                 if current < 0 or self._draft.forms[current] != form:
-                    if current < 0 and passed == {form}:
-                        plain.append((attribute, position, i))
                     other.append((attribute, position, i))
             if current >= 0:
                 other.append((attribute, position, -1))
-        if len(plain) > 1:
-            yield _Remedy(name, places=tuple(plain))
         for place in [*plain, *(o for o in other if o not in plain)]:
             yield _Remedy(name, places=(place,))
+
+    def _plain(
+        self, name: str, own: list[int], certain: bool = True
+    ) -> list[tuple[str, int | None, int]]:
+        """Integers left as they were that equal one size passed which changes.
+
+        Args:
+            name: the module.
+            own: sizes that it saw.
+            certain: no other size passed had that value, not even one that stays.
+        """
+        found = []
+        for attribute, position, value in integers(self._modules[name]):
+            passed = {self._draft.forms[i]: i for i in own if self._means(i, value)}
+            changing = [i for i in passed.values() if self._slope(i).any()]
+            unset = self._chosen.get((name, attribute, position), -1) < 0
+            if unset and len(changing) == 1 and (len(passed) == 1 or not certain):
+                found.append((attribute, position, changing[0]))
+        return found
 
     def _means(self, i: int, value: int) -> bool:
         size = self._seen.sizes[i]
