@@ -113,12 +113,16 @@ def _explained(
     """Compares with the masked model whose operations across channels see kept channels only."""
     try:
         reference = run_on_kept(masked, structure, kept, *arguments)
+        apart = _largest(_tensors(reference.output), got)
+        if apart > tolerance and reference.divides:
+            # A mean written by hand, whose code reads the number of channels from the shape.
+            reference = run_on_kept(masked, structure, kept, *arguments, by_kept=True)
+            apart = _largest(_tensors(reference.output), got)
     except StructureError as problem:
         return Verdict("wrong", error, (str(problem),))
     except Exception as problem:  # from the model's code or an operator
         text = f"the reference doesn't run: {type(problem).__name__}: {problem}"
         return Verdict("wrong", error, (text,))
-    apart = _largest(_tensors(reference.output), got)
     if not reference.operations:
         return Verdict("wrong", error, ("no operation across channels explains it",), apart)
     if apart <= tolerance:

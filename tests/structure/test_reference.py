@@ -48,6 +48,13 @@ def by_std(x: Tensor) -> Tensor:
     return (x - mean) / (std + 1e-5)
 
 
+def by_sums(x: Tensor) -> Tensor:
+    """Counts channels by the shape, which a slim model's has fewer of."""
+    centred = x - (x.sum(-1) / x.shape[-1]).unsqueeze(-1)
+    size = centred.norm(dim=-1, keepdim=True) * x.shape[-1] ** -0.5
+    return centred / size + (centred.square().sum(-1, keepdim=True) / (x.shape[-1] - 1)).sqrt()
+
+
 def by_root_mean_square(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
 
@@ -220,6 +227,7 @@ class Block(nn.Module):
 
 ARCHITECTURES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     **{c.name: (lambda c=c: Between(c.norm()), (4, 5)) for c in CASES},  # type: ignore[misc]
+    "by_sums": (lambda: Between(Affine(by_sums)), (4, 5)),
     "batch norm": (lambda: Convolutional("batch norm"), (2, 3, 5, 5)),
     "var_mean": (lambda: Convolutional("var_mean"), (2, 3, 5, 5)),
     "Block": (Block, (3, 5, 6)),
@@ -423,3 +431,39 @@ def test_positions_are_those_of_the_dense_model() -> None:
     structure = analyze(model, torch.randn(4, 5, dtype=torch.float64))
     assert not structure.groups
     assert structure.frozen[0].reason.startswith("slim is wrong: differs by")
+
+
+class Counting(nn.Module):
+    """Divides a sum by a number that stands in its code."""
+
+    def __init__(self, by: float) -> None:
+        super().__init__()
+        self.by = by
+        self.a, self.c = nn.Linear(5, WIDTH), nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        return self.c(x - x.cos().sum(1, keepdim=True).div_(self.by))
+
+
+def test_a_divisor_is_the_dense_number_or_the_kept_one_and_nothing_else() -> None:
+    torch.manual_seed(0)
+    model, x = Counting(WIDTH).double(), torch.randn(4, 5, dtype=torch.float64)
+    structure = analyze(model, x)
+    kept = {"a": [0, 2, 7]}
+    masked = masked_copy(model, structure.masks(kept))
+    with torch.no_grad():
+        a, c = model.a, model.c
+        channels = x @ a.weight[kept["a"]].T + a.bias[kept["a"]]
+        for by_kept, by in ((False, 8), (True, 3)):
+            reference = run_on_kept(masked, structure, kept, (x,), {}, by_kept=by_kept)
+            values = channels - channels.cos().sum(1, keepdim=True) / by
+            expected = values @ c.weight[:, kept["a"]].T + c.bias
+            assert reference.divides
+            torch.testing.assert_close(reference.output, expected, rtol=1e-12, atol=1e-12)
+    kinds = {}
+    for by in (8, 3, 4, 8.001, 7):
+        small = slim(model, structure, kept)
+        small.by = by
+        kinds[by] = verify(masked, small, x, structure=structure, kept=kept).kind
+    assert kinds == {8: "inexact", 3: "inexact", 4: "wrong", 8.001: "wrong", 7: "wrong"}
