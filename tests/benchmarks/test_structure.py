@@ -108,15 +108,15 @@ def test_analysis_and_slimming_of_resnet50() -> None:
 
 
 def interleaved(calls: list[Callable[[], object]], repeats: int) -> list[list[float]]:
-    """Seconds of each call in each round; a change of the machine's speed hits all alike."""
+    """CPU seconds of each call in each round; a change of the machine's speed hits all alike."""
     rounds = []
     for i in range(repeats + 6):
         seconds = [0.0] * len(calls)
         for j in range(len(calls)):
             at = (i + j) % len(calls)  # none always follows the same one
-            start = time.perf_counter()
+            start = time.process_time()
             calls[at]()
-            seconds[at] = time.perf_counter() - start
+            seconds[at] = time.process_time() - start
         if i >= 6:  # warm
             rounds.append(seconds)
     return rounds
