@@ -108,7 +108,7 @@ def prepare(config: JobConfig) -> Plan:
     model.eval()
     if config.model.weights is not None:
         _load_weights(model, Path(config.model.weights).expanduser())
-    structure = analyze(model, task.example_inputs())
+    structure = analyze(model, task.example_inputs(), form="module")
     problem = Problem(
         model=model,
         structure=structure,

@@ -86,7 +86,7 @@ def toy_problem(
     """A problem over the toy task, and who answers it."""
     task = ToyTask()
     model = task.build_model().eval()
-    structure = analyze(model, task.example_inputs())
+    structure = analyze(model, task.example_inputs(), form="module")
     store = WeightStore(folder)
     digest = store.put(Weights(model.state_dict(), {}))
     executor = LocalExecutor(task, structure, store)

@@ -205,7 +205,7 @@ class Pruner(ABC):
         Returns:
             Complete masks of the winner: `masked_copy` applies them, `slim` shrinks the model.
         """
-        structure = analyze(model, task.example_inputs())
+        structure = analyze(model, task.example_inputs(), form="module")
         with tempfile.TemporaryDirectory() as folder:
             store = WeightStore(folder)
             weights = Weights(model.state_dict(), {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from raycompress.errors import StructureError
 from raycompress.structure.closure import Classes, close
 from raycompress.structure.compile import Sizes
+from raycompress.structure.graph_analyze import graph_structure
 from raycompress.structure.model import Frozen, LeafShape, Structure
 from raycompress.structure.operators import find_rule
 from raycompress.structure.pools import Pools, owner_of
@@ -18,6 +20,10 @@ from raycompress.structure.repair import Draft, Repair
 from raycompress.structure.trace import Trace, trace
 
 __all__ = ["analyze"]
+
+_REPAIRED = ("the code of", "slim is wrong")  # how `Repair` begins its reasons
+
+_log = logging.getLogger(__name__)
 
 
 def analyze(
@@ -28,8 +34,16 @@ def analyze(
     heads: Literal["whole", "dim"] = "whole",
     round_to: int = 1,
     min_kept: int = 1,
+    form: Literal["auto", "module", "graph"] = "auto",
 ) -> Structure:
     """Finds the channel groups and the cost of a model by one eager forward pass.
+
+    A slim model has one of two forms. Module form is the user's own class, with smaller
+    parameters and corrected attributes. Graph form is the graph that `torch.export` makes of the
+    model in evaluation mode, with the sizes in it rewritten: it can prune channels whose number
+    is written into the code (`x.view(b, 64, -1)`), cut them into unequal parts, and be saved for
+    use without that code. "auto" takes module form, unless channels had to stay whole there
+    because of the code, the model can be exported, and graph form can remove more parameters.
 
     Args:
         model: any module; its mode and its parameters are left as they were.
@@ -40,9 +54,12 @@ def analyze(
         heads: attention loses whole heads ("whole") or the same positions of every head ("dim").
         round_to: layers keep a multiple of so many outputs, see `Structure.limited`.
         min_kept: fewest channels that a group keeps.
+        form: "module", "graph" or "auto"; a search over many slim models needs "module", which
+            keeps the user's class and its state dicts.
 
     Raises:
-        StructureError: the model doesn't run on the example inputs, or `ignore` names nothing.
+        StructureError: the model doesn't run on the example inputs, `ignore` names nothing, or
+            the model has no graph form where that is asked for.
     """
     if isinstance(example_inputs, Mapping):
         args: tuple[Any, ...] = ()
@@ -52,21 +69,44 @@ def analyze(
     else:
         args, kwargs = tuple(example_inputs), {}
     protected = _protected(model, ignore)
+
+    def protect(seen: Trace) -> None:
+        for leaf in seen.leaves:
+            names = (leaf.name, *leaf.aliases)
+            if leaf.facets and any(_inside(owner_of(n), protected) for n in names):
+                for facet in leaf.facets:
+                    dim = next(d for d, s in enumerate(facet.shape) if s > 1)
+                    if leaf.roles.get(dim) != "consumer":
+                        seen.space.freeze(facet, "protected by `ignore`")
+
+    def collect(seen: Trace) -> Draft:
+        return _collect(seen, model, heads)
+
+    if form == "graph":
+        structure = graph_structure(model, args, kwargs, protect, collect)
+        return structure.limited(round_to=round_to, min_kept=min_kept)
     try:
         seen = trace(model, args, kwargs, find_rule)
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
         raise StructureError(
             f"the model doesn't run on the example inputs: {type(error).__name__}: {error}"
         ) from error
-    for leaf in seen.leaves:
-        if leaf.facets and any(_inside(owner_of(n), protected) for n in (leaf.name, *leaf.aliases)):
-            for facet in leaf.facets:
-                dim = next(d for d, s in enumerate(facet.shape) if s > 1)
-                if leaf.roles.get(dim) != "consumer":
-                    seen.space.freeze(facet, "protected by `ignore`")
-    repair = Repair(model, seen, lambda: _collect(seen, model, heads), args, kwargs)
-    structure = repair.run()
+    protect(seen)
+    structure = Repair(model, seen, lambda: collect(seen), args, kwargs).run()
+    if form == "auto" and any(f.reason.startswith(_REPAIRED) for f in structure.frozen):
+        try:
+            graph = graph_structure(model, args, kwargs, protect, collect)
+        except StructureError as error:
+            _log.info("module form, though channels stay whole in it: %s", error)
+        else:
+            if _fewest(graph) < _fewest(structure):
+                structure = graph
     return structure.limited(round_to=round_to, min_kept=min_kept)
+
+
+def _fewest(structure: Structure) -> int:
+    """Parameters with one channel left in each group."""
+    return structure.cost({g.name: g.min_kept for g in structure.groups}).params
 
 
 def _collect(seen: Trace, model: nn.Module, heads: Literal["whole", "dim"]) -> Draft:

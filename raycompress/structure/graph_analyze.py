@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import Interpreter, Node
 
 from raycompress.errors import StructureError
@@ -14,10 +14,12 @@ from raycompress.structure.graph import apart, plan_of, slim_graph
 from raycompress.structure.graph_handlers import HANDLERS
 from raycompress.structure.graph_program import export
 from raycompress.structure.graph_trace import GraphTrace
+from raycompress.structure.leaves import tensors_of
 from raycompress.structure.model import Structure
 from raycompress.structure.probe import uneven
+from raycompress.structure.proof import wrong_groups
 from raycompress.structure.quiet import quiet
-from raycompress.structure.repair import Draft
+from raycompress.structure.repair import Draft, freeze
 from raycompress.structure.trace import Trace, trace
 
 __all__ = ["graph_structure"]
@@ -46,10 +48,7 @@ def graph_structure(
             doesn't run on labels.
     """
     program, args, kwargs = export(model, args, kwargs)
-    named: dict[str, Tensor] = {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
+    named = tensors_of(model)
     run = GraphTrace(program, named, HANDLERS)
     seen = trace(model, args, kwargs, run.find, forward=run.run)
     protect(seen)
@@ -57,33 +56,33 @@ def graph_structure(
         draft = collect(seen)
         plan = plan_of(run, draft.structure, draft.forms)
         structure = apart(draft.structure, plan, set(named))
-        for seed in (0, 1):
-            stop = _stops_at(model, structure, seed, args, kwargs)
-            if stop is not None:
-                break
+        stop = _stops_at(model, structure, args, kwargs)
         if stop is None:
-            return structure
+            wrong = wrong_groups(model, structure, uneven(structure, (), 0), kwargs or args)
+            for name, reason in wrong.items():
+                freeze(seen, structure.group(name), f"slim is wrong: {reason}")
+            if not wrong:
+                return structure
+            continue
         name, error = stop
-        met = run.met.get(name, [])
-        if not met:
-            break
-        for facet in met:
+        for facet in run.met.get(name, []):
             seen.space.freeze(facet, f"{name} in the exported graph needs this size ({error})")
-    raise StructureError(f"graph form: the slim graph doesn't run: {error}")
+    raise StructureError("graph form: no slim graph of this model computes what it should")
 
 
 def _stops_at(
-    model: nn.Module, structure: Structure, seed: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: nn.Module, structure: Structure, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[str, str] | None:
     """(instruction, error) where a slim graph stops; None if it runs."""
-    small = slim_graph(model, structure, uneven(structure, (), seed))
-    interpreter = _Stopping(small)
-    with quiet(small):
-        try:
-            interpreter.boxed_run(torch.utils._pytree.tree_leaves((args, kwargs)))
-        except Exception as error:  # an operator raises what it likes
-            text = (str(error).splitlines() or [""])[0][:120]
-            return interpreter.at, f"{type(error).__name__}: {text}"
+    for seed in (0, 1):
+        small = slim_graph(model, structure, uneven(structure, (), seed))
+        interpreter = _Stopping(small)
+        with quiet(small):
+            try:
+                interpreter.boxed_run(list(torch.utils._pytree.tree_leaves((args, kwargs))))
+            except Exception as error:  # an operator raises what it likes
+                text = (str(error).splitlines() or [""])[0][:120]
+                return interpreter.at, f"{type(error).__name__}: {text}"
     return None
 
 

@@ -21,7 +21,6 @@ def _size_list(name: str, first: Callable[[Ran, Tensor], int]) -> Handler:
 
     def handler(run: GraphTrace, ran: Ran) -> None:
         out: Tensor = ran.out[0] if isinstance(ran.out, (tuple, list)) else ran.out
-        run.settle(out)
         run.sizes(ran, name, out, first(ran, out))
 
     return handler
@@ -39,36 +38,18 @@ def _unflattened(ran: Ran, out: Tensor) -> int:
     return ran.dim
 
 
-def _joined(run: GraphTrace, ran: Ran) -> None:
-    run.settle(ran.out)
-
-
-def _expand(run: GraphTrace, ran: Ran) -> None:
-    _, given = ran.given("size")
-    new = ran.out.dim() - ran.source.dim()
-    copied = [
-        i
-        for i, size in enumerate(given)
-        if not isinstance(size, Ref) and (i < new or ran.source.shape[i - new] == 1)
-    ]
-    run.free(ran.out, copied)
-    run.sizes(ran, "size", ran.out)
-
-
 def _repeat(run: GraphTrace, ran: Ran) -> None:
     key, given = ran.given("repeats")
     new = ran.out.dim() - ran.source.dim()
     for i, count in enumerate(given):
         if isinstance(count, Ref) or (i >= new and ran.source.shape[i - new] > 1):
             continue
-        run.free(ran.out, [i])
         run.numbers.append(run.number(ran, (key, i), ran.out, i))
 
 
 def _filled(run: GraphTrace, ran: Ran) -> None:
     """One value everywhere: any size will do."""
-    _, given = ran.given("size")
-    run.free(ran.out, [i for i, size in enumerate(given) if not isinstance(size, Ref)])
+    run.free(ran.out, range(ran.out.dim()))
     run.sizes(ran, "size", ran.out)
 
 
@@ -186,12 +167,10 @@ def _each(names: str, handler: Handler) -> dict[str, Handler]:
 
 
 HANDLERS: dict[str, Handler] = {
-    **_each("view _unsafe_view", _size_list("size", _front)),
+    **_each("view _unsafe_view expand", _size_list("size", _front)),
     **_each("reshape", _size_list("shape", _front)),
     **_each("unflatten", _size_list("sizes", _unflattened)),
     **_each("layer_norm rms_norm", _size_list("normalized_shape", _normalized)),
-    **_each("flatten", _joined),
-    **_each("expand", _expand),
     **_each("repeat", _repeat),
     **_each("zeros ones full empty rand randn new_zeros new_ones new_full new_empty", _filled),
     **_each("arange linspace", _counted),

@@ -69,11 +69,13 @@ class Program:
     Attributes:
         instructions: in order of execution.
         pytree: argument names and nesting of inputs and outputs, as torch.fx keeps them.
+        keywords: names of the keyword arguments, in order.
         constants: attributes of the graph that the model doesn't have.
     """
 
     instructions: tuple[Instruction, ...]
     pytree: Any
+    keywords: tuple[str, ...]
     constants: dict[str, Tensor]
 
     def graph(self) -> tuple[Graph, dict[str, Node]]:
@@ -158,7 +160,7 @@ def export(
     tensors = [t for t in _flat((args, kwargs)) if isinstance(t, Tensor) and t.dim()]
     batch = tensors[0].shape[0] if tensors else 0
     if batch == 1:
-        args, kwargs = _twice((args, kwargs))
+        args, kwargs = _resized((args, kwargs), 1, 2)
         tensors = [t for t in _flat((args, kwargs)) if isinstance(t, Tensor) and t.dim()]
         batch = 2
     collection: Any = torch.export.ShapesCollection
@@ -178,10 +180,11 @@ def export(
     module = exported.module(check_guards=False)
     assert isinstance(module, GraphModule)
     _inline(module)
-    return _program(module, model), args, kwargs
+    _check(model, module, *_resized((args, kwargs), batch, batch + 1))
+    return _program(module, model, tuple(kwargs)), args, kwargs
 
 
-def _program(module: GraphModule, model: nn.Module) -> Program:
+def _program(module: GraphModule, model: nn.Module, keywords: tuple[str, ...]) -> Program:
     names = {n for n, _ in model.named_parameters(remove_duplicate=False)}
     names |= {n for n, _ in model.named_buffers(remove_duplicate=False)}
     instructions: list[Instruction] = []
@@ -215,7 +218,7 @@ def _program(module: GraphModule, model: nn.Module) -> Program:
         raise StructureError("graph form: the exported graph runs at one batch size only")
     info = module.graph._codegen.pytree_info  # type: ignore[attr-defined]
     assert isinstance(info, _PyTreeInfo)
-    return Program(tuple(instructions), info, constants)
+    return Program(tuple(instructions), info, keywords, constants)
 
 
 def _inline(module: GraphModule) -> None:
@@ -251,10 +254,33 @@ def _flat(value: Any) -> list[Any]:
     return list(torch.utils._pytree.tree_leaves(value))
 
 
-def _twice(value: Any) -> Any:
-    def double(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == 1:
-            return torch.cat([leaf, leaf])
+def _check(
+    model: nn.Module, module: GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """The graph must compute what the model does, at another batch size too."""
+    with quiet(model):
+        try:
+            outputs = [_flat(m(*args, **kwargs)) for m in (model, module)]
+        except Exception as error:  # whatever foreign code raises
+            raise StructureError(
+                f"graph form: the exported graph runs at one batch size only "
+                f"({type(error).__name__})"
+            ) from error
+    for a, b in zip(*outputs, strict=True):
+        if isinstance(a, Tensor) and a.is_floating_point():
+            scale = float(a.abs().max()) if a.numel() else 0.0
+            if a.shape != b.shape or not torch.allclose(a, b, rtol=0, atol=1e-3 * scale):
+                raise StructureError(
+                    "graph form: the exported graph computes something else than the model"
+                )
+
+
+def _resized(value: Any, batch: int, size: int) -> Any:
+    """Inputs with another batch size."""
+
+    def resize(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == batch:
+            return torch.cat([leaf, leaf])[:size]
         return leaf
 
-    return torch.utils._pytree.tree_map(double, value)
+    return torch.utils._pytree.tree_map(resize, value)

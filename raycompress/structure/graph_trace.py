@@ -137,7 +137,6 @@ class GraphTrace:
         self._handlers = handlers
         self._instructions = list(program.instructions)
         self._operator = ""
-        self._weak: list[tuple[int, int]] = []
         self.tracer: Trace
 
     def find(self, func: Any) -> Rule | None:
@@ -152,6 +151,7 @@ class GraphTrace:
         self.tracer = tracer
         for name, constant in self.program.constants.items():
             tracer.add(Leaf(name, (), constant, is_parameter=False))
+        kwargs = {name: kwargs[name] for name in self.program.keywords}
         inputs = iter(torch.utils._pytree.tree_leaves((args, kwargs)))
         uses = Counter(r for i in self.program.instructions for r in refs_in((i.args, i.kwargs)))
         env: dict[str, Any] = {}
@@ -246,32 +246,10 @@ class GraphTrace:
 
     def free(self, tensor: Tensor, dims: Sequence[int]) -> None:
         """Gives dims of a tensor labels: what fills them follows whatever it meets."""
-        facets = list(self.tracer.facets(tensor))
-        for dim in dims:
-            if tensor.shape[dim] > 1 and all(f.shape[dim] == 1 for f in facets):
-                start = self.tracer.space.count
-                shape = [1] * tensor.dim()
-                shape[dim] = tensor.shape[dim]
-                facets.append(self.tracer.space.fresh(tensor.shape[dim]).reshape(shape))
-                self._weak.append((start, self.tracer.space.count))
-        self.tracer.set(tensor, facets)
-
-    def settle(self, tensor: Tensor) -> None:
-        """Labels of a copied dim give way where the dim is joined with one that has its own."""
         facets = self.tracer.facets(tensor)
-        kept: Facets = []
-        for facet in sorted(facets, key=self._is_weak):
-            taken = {d for f in kept for d in varying(f)}
-            if self._is_weak(facet) and taken & set(varying(facet)):
-                self.tracer.space.freeze(facet, "a dim that copies others")
-            else:
-                kept.append(facet)
-        if len(kept) < len(facets):
-            self.tracer.set(tensor, kept)
-
-    def _is_weak(self, facet: Tensor) -> bool:
-        low, high = int(facet.min()), int(facet.max())
-        return any(a <= low and high < b for a, b in self._weak)
+        missing = [d for d in dims if all(f.shape[d] == 1 for f in facets)]
+        made = self.tracer.space.constant_facets(tensor.shape, missing)
+        self.tracer.set(tensor, [*facets, *made])
 
     def fill(self, tensor: Tensor, dim: int, start: int, stop: int) -> bool:
         """Gives the padding of a labelled dim labels; False if the dim has none."""
@@ -280,6 +258,7 @@ class GraphTrace:
             if varying(facet) == (dim,):
                 filled = facet.clone()
                 fresh = self.tracer.space.fresh(stop - start)
+                self.tracer.space.flexible.append((int(fresh[0]), self.tracer.space.count))
                 filled.view(-1)[start:stop] = fresh
                 facets[i] = filled
                 self.tracer.set(tensor, facets)
@@ -294,6 +273,7 @@ class GraphTrace:
         leaf = Leaf(name, (), torch.empty(tensor.shape[dim]), is_parameter=False)
         self.tracer.add(leaf)
         for own in self.tracer.facets(leaf.tensor):
+            self.tracer.space.flexible.append((int(own[0]), self.tracer.space.count))
             self.tracer.space.unite(own, lines[0].reshape(-1))
         return True
 

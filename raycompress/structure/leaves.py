@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from raycompress.structure.labels import Facets
 
-__all__ = ["Leaf", "flat", "leaves_of", "mapped"]
+__all__ = ["Leaf", "flat", "leaves_of", "mapped", "tensors_of"]
 
 
 @dataclass
@@ -45,6 +45,14 @@ def leaves_of(model: nn.Module) -> list[Leaf]:
         else:
             found[id(tensor)] = Leaf(name, (), tensor, is_parameter)
     return list(found.values())
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer by each of its names."""
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
 
 
 def mapped(value: Any, function: Callable[[Any], Any]) -> Any:

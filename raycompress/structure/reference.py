@@ -21,8 +21,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from raycompress.errors import StructureError
+from raycompress.structure.graph_handlers import HANDLERS
+from raycompress.structure.graph_trace import GraphTrace
 from raycompress.structure.kept_only import OnKept, Positions
 from raycompress.structure.labels import LabelSpace, varying
+from raycompress.structure.leaves import tensors_of
 from raycompress.structure.model import Kept, Structure
 from raycompress.structure.operators import find_rule
 from raycompress.structure.trace import Trace, trace
@@ -78,7 +81,11 @@ def run_on_kept(
             raise StructureError(f"the masked model isn't zero where `kept` says so: {name!r}")
     gone = _Gone(vectors)
     runner = OnKept(gone.kept, by_kept)
-    seen = trace(masked, args, kwargs, find_rule, runner)
+    if structure.plan is None:
+        seen = trace(masked, args, kwargs, find_rule, runner)
+    else:  # what its code creates has the sizes that the exported graph says
+        graph = GraphTrace(structure.plan.program, tensors_of(masked), HANDLERS)
+        seen = trace(masked, args, kwargs, graph.find, runner, graph.run)
     gone.check(seen)
     return Reference(seen.output, tuple(runner.operations), runner.divides)
 
@@ -91,11 +98,13 @@ class _Gone:
         self._flags = np.zeros(1, dtype=np.bool_)
         self._read: set[int] = set()
         self._conjunctions = 0
+        self._edges = 0
 
     def update(self, tracer: Trace) -> NDArray[np.bool_]:
         """One flag for each label that the trace has made so far, shape (labels,)."""
         space = tracer.space
         if len(self._flags) == space.count:
+            self._follow(space)
             return self._flags
         self._flags = np.concatenate(
             [self._flags, np.zeros(space.count - len(self._flags), dtype=np.bool_)]
@@ -111,7 +120,24 @@ class _Gone:
         for c in space.conjunctions[self._conjunctions :]:
             self._flags[c.ids] = self._flags[c.children].all(axis=1)
         self._conjunctions = len(space.conjunctions)
+        self._follow(space)
         return self._flags
+
+    def _follow(self, space: LabelSpace) -> None:
+        """What belongs to no parameter is gone where something that it met is."""
+        if not space.flexible or len(space.edges) == self._edges:
+            return
+        self._edges = len(space.edges)
+        follows = np.zeros(space.count, dtype=np.bool_)
+        for start, stop in space.flexible:
+            follows[start:stop] = True
+        changed = True
+        while changed:
+            before = self._flags.sum()
+            for a, b in space.edges:
+                for mine, other in ((a, b), (b, a)):
+                    self._flags[mine] |= follows[mine] & self._flags[other]
+            changed = self._flags.sum() > before
 
     def kept(self, tracer: Trace, tensor: Tensor) -> Positions:
         """Kept indices along each dim of a tensor that has lost something."""
