@@ -35,14 +35,14 @@ Ids = NDArray[np.int64]
 _ACTIVATIONS = frozenset(
     f"aten::{n}"
     for n in (
-        "relu gelu silu mish elu leaky_relu rrelu _prelu_kernel hardswish threshold clamp "
-        "clamp_min glu log_sigmoid_forward softshrink hardshrink "
+        "relu gelu silu mish elu celu leaky_relu rrelu_with_noise _prelu_kernel hardswish threshold "
+        "clamp clamp_min glu log_sigmoid_forward softshrink hardshrink "
         "sigmoid hardsigmoid tanh softplus hardtanh"
     ).split()
 )
 # Where the result multiplies something, it is a gate or a part of an activation written out.
 _GATES = frozenset(f"aten::{n}" for n in "sigmoid hardsigmoid tanh softplus hardtanh".split())
-_SCALED = frozenset(f"aten::{n}" for n in "add sub rsub mul div _to_copy".split())
+_PRODUCTS = frozenset(f"aten::{n}" for n in "mul addcmul lerp".split())
 # Operands, and the dim over which they are summed.
 _CONTRACTED = {
     "aten::convolution": (("input", 1),),
@@ -192,8 +192,8 @@ class _Finder:
         """The rule of an operator, which also remembers what is watched."""
         rule = find_rule(func)
         look = self._look(_name(func))
-        if rule is None or look is None:
-            return rule
+        if rule is None:
+            return None
 
         def both(call: Call) -> None:
             rule(call)
@@ -201,12 +201,10 @@ class _Finder:
 
         return both
 
-    def _look(self, name: str) -> Rule | None:
+    def _look(self, name: str) -> Rule:
         if name in _ACTIVATIONS:
             return self._activation
-        if name in _CONTRACTED:
-            return self._layer
-        return self._scaled if name in _SCALED else None
+        return self._layer if name in _CONTRACTED else self._passed
 
     def _activation(self, call: Call) -> None:
         out, ordinal = _output(call.out), len(self.operators)
@@ -230,13 +228,13 @@ class _Finder:
                     _Operator(ordinal, _module(call), facets, operand, dim % tensor.dim())
                 )
 
-    def _scaled(self, call: Call) -> None:
-        """Scaled and shifted by numbers, it still is the same gate."""
+    def _passed(self, call: Call) -> None:
+        """Moved, scaled and shifted by numbers, it still is the same gate."""
         tensors = [t for t in call.tensors() if t.dim()]
         gates = [getattr(t, _GATE) for t in tensors if hasattr(t, _GATE)]
-        if len(tensors) == 1 and gates:
+        if len(tensors) == 1 and gates and isinstance(call.out, Tensor):
             setattr(call.out, _GATE, gates[0])
-        elif _name(call.func) == "aten::mul":
+        elif _name(call.func) in _PRODUCTS:
             self.gates.update(gates)
 
 
