@@ -192,10 +192,12 @@ class Allocator:
         }
         self._base = self._smallest()
         if not self.meets(self._base):
+            least = self._base == self._least
+            how = "the fewest channels" if least else "the fastest uniform widths"
             kept = budget.kept(structure.cost(self._base), self.dense, self._ms(self._base))
             raise BudgetError(
-                f"budget {budget} can't be reached: pruned as far as it goes in all "
-                f"{len(self.groups)} prunable groups, the model keeps {kept}; "
+                f"budget {budget} can't be reached: with {how} in all "
+                f"{len(self.groups)} prunable groups the model keeps {kept}; "
                 "raise the budget, or allow more layers to be pruned"
             )
 

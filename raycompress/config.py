@@ -104,12 +104,16 @@ class LatencyConfig:
     """How latency is measured, on a replica with nothing else running on it.
 
     Attributes:
-        batch_sizes: Examples in a forward pass; one row of the report for each.
+        batch_sizes: Examples in a forward pass; one row of the report for each. Budgets of
+            latency_ms hold at the first.
         repeats: Timed passes of each model at each batch size, interleaved.
+        max_seconds: Time for one measurement, of a trial's models or of the latency table; fewer
+            passes are timed if it is short.
     """
 
     batch_sizes: tuple[int, ...] = (1, 64)
     repeats: int = 30
+    max_seconds: float = 300.0
 
     def __post_init__(self) -> None:
         if not self.batch_sizes or min(self.batch_sizes) < 1:
@@ -117,6 +121,7 @@ class LatencyConfig:
                 f"latency.batch_sizes must be 1 or more, got {list(self.batch_sizes)}"
             )
         _positive("latency.repeats", self.repeats)
+        _positive("latency.max_seconds", self.max_seconds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,8 +192,8 @@ class JobConfig:
         sensitivity: Analyse the groups first; None: no.
         pruners: Each a mapping with `type` (a name of raycompress.pruning, or an import path) and
             the pruner's own keys.
-        budgets: Each a mapping of resource to what is kept, such as {"macs": "50%"}; empty: for
-            pruners that have a sparsity of their own.
+        budgets: Each a mapping of resource (macs, params, latency_ms) to what is kept, such as
+            {"macs": "50%"}; empty: for pruners that have a sparsity of their own.
         seeds: Seeds of the trials.
         recover: Fine-tune each winner; None: no.
         evaluation: How candidates are evaluated.

@@ -11,6 +11,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, Self
 
 from raycompress.host import Evaluation, HostInfo, ModelHost, Unit, UnitResult
@@ -18,6 +19,7 @@ from raycompress.ledger import Ledger
 from raycompress.search import Candidate, Ranking, Shard, Trial, digest_of
 from raycompress.structure import Structure
 from raycompress.structure.latency import LatencyRow
+from raycompress.structure.latency_table import LatencyTable
 from raycompress.task import Progress, Split, Task
 from raycompress.weights import Weights, WeightStore
 
@@ -80,9 +82,25 @@ class LedgerExecutor(ABC):
 
     @abstractmethod
     def latency(
-        self, candidates: Mapping[str, Candidate], batch_sizes: Sequence[int], repeats: int
+        self,
+        candidates: Mapping[str, Candidate],
+        batch_sizes: Sequence[int],
+        repeats: int,
+        max_seconds: float | None = None,
     ) -> list[LatencyRow]:
         """Measures candidates against each other on one host with nothing else running."""
+
+    @abstractmethod
+    def latency_table(
+        self, batch_size: int = 1, folder: str | Path | None = None, max_seconds: float = 300.0
+    ) -> LatencyTable:
+        """The model's latency table, measured on one host with nothing else running.
+
+        Args:
+            batch_size: Examples in a forward pass.
+            folder: Keeps what was measured, and gives back what is there; None: nothing is kept.
+            max_seconds: Aimed at, by taking fewer passes.
+        """
 
     def publish(self, ranking: Ranking) -> None:
         """Makes a ranking known, before a candidate uses it."""
@@ -332,7 +350,17 @@ class LocalExecutor(LedgerExecutor):
         self.host.share(digest, weights)
 
     def latency(
-        self, candidates: Mapping[str, Candidate], batch_sizes: Sequence[int], repeats: int
+        self,
+        candidates: Mapping[str, Candidate],
+        batch_sizes: Sequence[int],
+        repeats: int,
+        max_seconds: float | None = None,
     ) -> list[LatencyRow]:
         """Measures candidates against each other, interleaved."""
-        return self.host.latency(candidates, batch_sizes, repeats)
+        return self.host.latency(candidates, batch_sizes, repeats, max_seconds)
+
+    def latency_table(
+        self, batch_size: int = 1, folder: str | Path | None = None, max_seconds: float = 300.0
+    ) -> LatencyTable:
+        """The model's latency table, measured here."""
+        return self.host.latency_table(batch_size, folder, max_seconds)

@@ -20,6 +20,7 @@ from raycompress.results import Latency, Limit, ModelRow, SearchStep, TrialResul
 from raycompress.search import Candidate, Training
 from raycompress.structure import expand, file_size, slim, verify
 from raycompress.structure.latency import LatencyRow
+from raycompress.structure.latency_table import LatencyTable
 from raycompress.task import Split
 from raycompress.trial import load_ranking, write_json
 from raycompress.weights import Weights, WeightStore
@@ -68,6 +69,7 @@ def finish_trial(
     pool: LedgerExecutor,
     store: WeightStore,
     dense: Measured,
+    table: LatencyTable | None = None,
 ) -> TrialResult:
     """Recovers, shrinks, verifies and measures a trial's winner, and saves it.
 
@@ -78,6 +80,7 @@ def finish_trial(
         pool: Trains, scores and times.
         store: Holds the weights.
         dense: To compare with.
+        table: What a limit on latency was priced with.
 
     Raises:
         EvaluationError: Its training or evaluation failed.
@@ -136,13 +139,16 @@ def finish_trial(
         {row.name: row.candidate for row in [dense, *rows]},
         plan.config.latency.batch_sizes,
         plan.config.latency.repeats,
+        plan.config.latency.max_seconds,
     )
+    counts = {name: len(indices) for name, indices in trained.kept.items()}
+    predicted = None if table is None else table.latency_ms(counts)
     return TrialResult(
         name=trial.name,
         pruner=type(trial.pruner).__name__,
         seed=trial.seed,
         budget="" if trial.budget is None else str(trial.budget),
-        limits=_limits(plan, trial, rows[-1], dense),
+        limits=_limits(trial, rows[-1], dense, timed, predicted),
         counts=_counts(plan, winner, pool),
         rows=tuple(row.row(_latency(timed, row.name)) for row in [dense, *rows]),
         verification=verification,
@@ -199,18 +205,28 @@ def _latency(timed: list[LatencyRow], name: str) -> tuple[Latency, ...]:
             median_ms=row.median_ms,
             p10_ms=row.p10_ms,
             p90_ms=row.p90_ms,
+            peak_bytes=row.peak_bytes,
         )
         for row in timed
         if row.name == name
     )
 
 
-def _limits(plan: Plan, trial: TrialPlan, measured: Measured, dense: Measured) -> tuple[Limit, ...]:
+def _limits(
+    trial: TrialPlan,
+    measured: Measured,
+    dense: Measured,
+    timed: list[LatencyRow],
+    predicted: float | None,
+) -> tuple[Limit, ...]:
     if trial.budget is None:
         return ()
+    # Rows come by batch size; the first is what the budget speaks of.
+    times = {row.name: row.median_ms for row in reversed(timed)}
     # Zeros of a masked model don't count as parameters; a slim model has none to speak of.
     small = measured.nonzero if measured.name == "masked" else measured.params
-    values = {
+    values: dict[str, tuple[float, float]] = {
+        "latency_ms": (times[measured.name], times[dense.name]),
         "macs": (measured.macs, dense.macs),
         "params": (small, dense.params),
     }
@@ -221,6 +237,7 @@ def _limits(plan: Plan, trial: TrialPlan, measured: Measured, dense: Measured) -
             limit=limit.absolute(values[name][1]),
             measured=values[name][0],
             dense=values[name][1],
+            predicted=predicted if name == "latency_ms" else None,
         )
         for name, limit in trial.budget.limits
     )

@@ -9,9 +9,10 @@ from __future__ import annotations
 import copy
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from raycompress.recalibration import recalibrate
 from raycompress.search import Candidate, Ranking, Shard, Training
 from raycompress.structure import Structure, expand, slim
 from raycompress.structure.latency import LatencyRow, measure
+from raycompress.structure.latency_table import LatencyTable, latency_table
 from raycompress.task import SPLITS, Progress, Split, Task
 from raycompress.weights import Weights, WeightStore
 
@@ -193,16 +195,41 @@ class ModelHost:
         candidates: Mapping[str, Candidate],
         batch_sizes: Sequence[int],
         repeats: int,
+        max_seconds: float | None = None,
     ) -> list[LatencyRow]:
         """Measures candidates against each other on this host's device, interleaved."""
+        models = {name: self.build(each) for name, each in candidates.items()}
+        with self._threads():
+            return measure(
+                models,
+                self.task.example_inputs(),
+                batch_sizes=batch_sizes,
+                repeats=repeats,
+                max_seconds=max_seconds,
+                device=self.device,
+            )
+
+    def latency_table(
+        self, batch_size: int, folder: str | Path | None, max_seconds: float
+    ) -> LatencyTable:
+        """The latency table of the task's model on this host's device; see `latency_table`."""
+        with self._threads():
+            return latency_table(
+                self._base,
+                self.structure,
+                self.task.example_inputs(),
+                batch_size=batch_size,
+                device=self.device,
+                folder=folder,
+                max_seconds=max_seconds,
+            )
+
+    @contextmanager
+    def _threads(self) -> Iterator[None]:
         before = torch.get_num_threads()
         torch.set_num_threads(self.evaluation.threads)
         try:
-            models = {name: self.build(each) for name, each in candidates.items()}
-            inputs = self.task.example_inputs()
-            return measure(
-                models, inputs, batch_sizes=batch_sizes, repeats=repeats, device=self.device
-            )
+            yield
         finally:
             torch.set_num_threads(before)
 

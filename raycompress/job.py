@@ -19,11 +19,12 @@ from raycompress.errors import EvaluationError
 from raycompress.executor import LedgerExecutor, LocalExecutor
 from raycompress.finish import finish_trial, measure_dense
 from raycompress.ledger import Ledger, read_ledger
-from raycompress.plan import Plan
+from raycompress.plan import Plan, check_trial
 from raycompress.progress import Progress
 from raycompress.pruning.pruner import Problem
 from raycompress.results import Curve, FrozenLayer, JobResult, TrialResult
 from raycompress.search import Candidate, Training
+from raycompress.structure.latency_table import LatencyTable
 from raycompress.trial import Shared, finished, metrics_of, run_trial
 from raycompress.weights import Weights, WeightStore
 
@@ -123,15 +124,18 @@ def run_job(
     with job.pool() as pool:
         weights = _dense_weights(job, pool)
         curves = _sensitivity(job, pool, weights)
+        table = _latency_table(job, pool)
         dfe = pool.dfe
-    found = _compress(job, weights, report)
+    found = _compress(job, weights, table, report)
     with job.pool() as pool:
         progress.stage("Measure the dense model")
         dense = measure_dense(plan, pool, weights)
         trials: list[TrialResult] = []
         for trial in plan.trials:
             progress.stage(f"Recover, shrink, verify and measure {trial.name}")
-            trials.append(finish_trial(plan, trial, found[trial.name], pool, job.store, dense))
+            trials.append(
+                finish_trial(plan, trial, found[trial.name], pool, job.store, dense, table)
+            )
         dfe += pool.dfe + sum(found[trial.name]["dfe"] for trial in plan.trials)
         device = pool.info.numeric_class
     result = JobResult(
@@ -151,7 +155,7 @@ def run_job(
         device=device,
         dfe=dfe,
         seconds=time.monotonic() - start,
-        notes=_notes(plan),
+        notes=_notes(plan, table),
     )
     return result, curves
 
@@ -198,11 +202,43 @@ def _sensitivity(job: _Job, pool: LedgerExecutor, weights: str) -> list[Sensitiv
     return rows
 
 
-def _compress(job: _Job, weights: str, report: OnReport) -> dict[str, dict[str, Any]]:
+def _latency_table(job: _Job, pool: LedgerExecutor) -> LatencyTable | None:
+    """The table that prices latency budgets, if there are any; measured once, then read.
+
+    Raises:
+        BudgetError: A budget that is out of reach by this table.
+    """
+    plan = job.plan
+    asking = [t for t in plan.trials if t.budget is not None and t.budget.names_latency]
+    if not asking:
+        return None
+    job.progress.stage("Measure the latency table")
+    latency = plan.config.latency
+    table = pool.latency_table(latency.batch_sizes[0], plan.output / "latency", latency.max_seconds)
+    job.progress.message(_table_note(table))
+    for trial in asking:
+        check_trial(plan, trial, table)
+    return table
+
+
+def _table_note(table: LatencyTable) -> str:
+    error = table.error
+    return (
+        f"Latency table at batch size {table.batch_size} on {table.device}: its predictions for "
+        f"{error.num} random slim models are off by {100 * error.mean:.1f} % in the mean and "
+        f"{100 * error.max:.1f} % at most."
+    )
+
+
+def _compress(
+    job: _Job, weights: str, table: LatencyTable | None, report: OnReport
+) -> dict[str, dict[str, Any]]:
     plan = job.plan
     if not plan.trials:
         return {}
-    shared = Shared(plan.config, plan.structure, weights, job.store.get(weights), plan.output)
+    shared = Shared(
+        plan.config, plan.structure, weights, job.store.get(weights), plan.output, table
+    )
     payloads = [shared.payload(trial) for trial in plan.trials]
     done = {str(p["name"]): finished(shared, p) for p in payloads}
     missing = [p for p in payloads if done[str(p["name"])] is None]
@@ -251,13 +287,15 @@ def _best(trials: Sequence[TrialResult]) -> str:
     return min(close, key=lambda pair: (pair[1].macs, pair[1].nonzero_params))[0]
 
 
-def _notes(plan: Plan) -> tuple[str, ...]:
+def _notes(plan: Plan, table: LatencyTable | None) -> tuple[str, ...]:
     records = read_ledger(plan.output / "ledger")
     failed = [r for r in records if r.get("failure")]
     notes = [
         "Scores on validation data selected; scores on test data selected nothing.",
         "Latency depends on the machine; everything else is the same on every run on it.",
     ]
+    if table is not None:
+        notes.append(_table_note(table))
     if failed:
         notes.append(f"{len(failed)} candidates failed, first: {failed[0]['failure']}")
     return tuple(notes)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from raycompress.analysis.sensitivity import Sensitivity
-from raycompress.budget import Budget
+from raycompress.budget import Budget, Pricing
 from raycompress.config import JobConfig
 from raycompress.errors import ConfigError, RaycompressError, TaskError
 from raycompress.importing import resolve
@@ -28,7 +28,7 @@ from raycompress.structure import Structure, analyze
 from raycompress.task import Split, Task, check_task
 from raycompress.weights import WeightStore
 
-__all__ = ["Plan", "TrialPlan", "build_task", "prepare"]
+__all__ = ["Plan", "TrialPlan", "build_task", "check_trial", "prepare"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +86,14 @@ class _Nobody:
         raise AssertionError("a check evaluates nothing")
 
 
+class _Free:
+    """Stands for a latency table before it is measured: no limit on latency is out of reach."""
+
+    def latency_ms(self, kept: Mapping[str, int] | None = None) -> float:
+        """Nothing."""
+        return 0.0
+
+
 def prepare(config: JobConfig) -> Plan:
     """Validates a job and plans it.
 
@@ -121,28 +129,34 @@ def prepare(config: JobConfig) -> Plan:
     if config.sensitivity is not None:
         sensitivity = Sensitivity(**asdict(config.sensitivity))
         sensitivity.units(problem)
-    trials = _trials(config)
-    for trial in trials:
-        trial.pruner.check(
-            Problem(
-                model=model,
-                structure=structure,
-                weights="",
-                executor=_Nobody(),
-                store=WeightStore(output / "weights"),
-                targets=config.targets,
-                budget=trial.budget,
-                seed=trial.seed,
-            )
-        )
-    return Plan(
+    plan = Plan(
         config=config,
         task=task,
         model=model,
         structure=structure,
         sensitivity=sensitivity,
-        trials=trials,
+        trials=_trials(config),
         output=output,
+    )
+    for trial in plan.trials:
+        check_trial(plan, trial, _Free())
+    return plan
+
+
+def check_trial(plan: Plan, trial: TrialPlan, latency: Pricing) -> None:
+    """Raises an InputError if a trial's pruner can't work; evaluates nothing."""
+    trial.pruner.check(
+        Problem(
+            model=plan.model,
+            structure=plan.structure,
+            weights="",
+            executor=_Nobody(),
+            store=WeightStore(plan.output / "weights"),
+            targets=plan.config.targets,
+            budget=trial.budget,
+            seed=trial.seed,
+            latency=latency,
+        )
     )
 
 

@@ -158,6 +158,7 @@ def _row_metrics(row: object) -> dict[str, float]:
     }
     for latency in getattr(row, "latency", ()):
         values[f"latency_ms_batch_{latency.batch_size}"] = latency.median_ms
+        values[f"peak_bytes_batch_{latency.batch_size}"] = float(latency.peak_bytes)
     return values
 
 
@@ -168,6 +169,9 @@ def _metrics(trial: TrialResult) -> dict[str, float]:
         for name, value in _row_metrics(row).items()
     }
     metrics |= {"search/dfe": trial.dfe, "search/evaluations": float(trial.evaluations)}
+    for limit in trial.limits:
+        if limit.predicted is not None:
+            metrics[f"slim/predicted_{limit.resource}"] = limit.predicted
     if trial.verification is not None:
         metrics["slim/max_error"] = trial.verification.max_error
     return metrics

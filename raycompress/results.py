@@ -40,12 +40,14 @@ class Latency:
         median_ms: Milliseconds, median of the timed passes.
         p10_ms: Milliseconds, 10th percentile.
         p90_ms: Milliseconds, 90th percentile.
+        peak_bytes: Most memory that the pass takes beyond parameters and inputs.
     """
 
     batch_size: int
     median_ms: float
     p10_ms: float
     p90_ms: float
+    peak_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,11 +85,12 @@ class Limit:
     """One limit of a budget, and what the slim model really has.
 
     Attributes:
-        resource: Such as "macs" or "params".
+        resource: "macs", "params" or "latency_ms".
         asked: As the user wrote it, such as "50%".
         limit: In the resource's own unit.
         measured: Of the slim model, in the same unit.
-        dense: Of the dense model, in the same unit.
+        dense: Of the dense model, in the same unit, measured beside it.
+        predicted: What the search counted with, where that is a prediction: latency.
     """
 
     resource: str
@@ -95,6 +98,7 @@ class Limit:
     limit: float
     measured: float
     dense: float
+    predicted: float | None = None
 
     @property
     def met(self) -> bool:

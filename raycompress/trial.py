@@ -28,6 +28,7 @@ from raycompress.plan import TrialPlan
 from raycompress.pruning.pruner import Problem
 from raycompress.search import Ranking, Trial, digest_of, run_search
 from raycompress.structure import Structure
+from raycompress.structure.latency_table import LatencyTable
 from raycompress.task import Task
 from raycompress.weights import Weights, WeightStore
 
@@ -58,6 +59,7 @@ class Shared:
         digest: Of the dense weights.
         weights: The dense weights.
         output: The job's output folder.
+        latency: Prices latency budgets; None: no budget asks for it.
     """
 
     config: JobConfig
@@ -65,6 +67,7 @@ class Shared:
     digest: str
     weights: Weights
     output: Path
+    latency: LatencyTable | None = None
 
     def payload(self, trial: TrialPlan) -> dict[str, Any]:
         """What a trial's process needs, as plain data; its "key" is what the result depends on."""
@@ -74,6 +77,9 @@ class Shared:
             "budget": None if trial.budget_entry is None else dict(trial.budget_entry),
             "seed": trial.seed,
         }
+        priced = {}
+        if self.latency is not None and trial.budget is not None and trial.budget.names_latency:
+            priced["latency"] = self.latency.digest
         targets = [vars(target) for target in self.config.targets]
         evaluation = vars(self.config.evaluation)
         key = digest_of(
@@ -84,6 +90,7 @@ class Shared:
                 "args": repr(sorted(self.config.task_args.items())),
                 "targets": targets,
                 "evaluation": evaluation,
+                **priced,
             }
         )
         return {**entry, "key": key}
@@ -136,6 +143,7 @@ def run_trial(
             budget=None if payload["budget"] is None else Budget.of(payload["budget"]),
             targets=config.targets,
             seed=int(payload["seed"]),
+            latency=shared.latency,
             report=figures.update,
         )
         pruner = build_pruner(payload["pruner"], "pruner")

@@ -94,7 +94,8 @@ CASES = {
         [("macs: 50%", "mac: 50%")],
         "",
         [],
-        "FILE, line 6: budgets[0].mac is no resource; allowed: macs, params; did you mean 'macs'?",
+        "FILE, line 6: budgets[0].mac is no resource; allowed: latency_ms, macs, params; "
+        "did you mean 'macs'?",
     ),
     "budget above the whole": (
         [("50%", "150%")],

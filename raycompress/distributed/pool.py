@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -23,6 +24,7 @@ from raycompress.host import HostInfo, Unit, UnitResult
 from raycompress.ledger import Ledger
 from raycompress.search import Candidate, Ranking
 from raycompress.structure.latency import LatencyRow
+from raycompress.structure.latency_table import LatencyTable
 from raycompress.task import Progress
 from raycompress.weights import Weights
 
@@ -110,27 +112,53 @@ class ReplicaPool(LedgerExecutor):
         self._broadcast(ray.put(PackedWeights.pack(digest, weights)))
 
     def latency(
-        self, candidates: Mapping[str, Candidate], batch_sizes: Sequence[int], repeats: int
+        self,
+        candidates: Mapping[str, Candidate],
+        batch_sizes: Sequence[int],
+        repeats: int,
+        max_seconds: float | None = None,
     ) -> list[LatencyRow]:
         """Measures candidates against each other on one replica; the others stand idle.
 
         Raises:
-            EvaluationError: The replica was lost `MAX_LOSSES` times.
+            EvaluationError: The replica was lost, or took too long, `MAX_LOSSES` times.
         """
+        arguments = (dict(candidates), tuple(batch_sizes), repeats, max_seconds)
+        rows: list[LatencyRow] = self._alone("latency", arguments, max_seconds)
+        return rows
+
+    def latency_table(
+        self, batch_size: int = 1, folder: str | Path | None = None, max_seconds: float = 300.0
+    ) -> LatencyTable:
+        """The model's latency table, measured on one replica; the others stand idle.
+
+        Raises:
+            EvaluationError: The replica was lost, or took too long, `MAX_LOSSES` times.
+        """
+        arguments = (batch_size, folder, max_seconds)
+        table: LatencyTable = self._alone("latency_table", arguments, max_seconds)
+        return table
+
+    def _alone(self, method: str, arguments: tuple[Any, ...], max_seconds: float | None) -> Any:
+        """Calls one replica, and another one where that is lost.
+
+        A measurement runs over its time by at most what was under way at the end of it, which
+        `cluster.unit_timeout` bounds as it does any unit.
+        """
+        timeout = self.cluster.unit_timeout
+        if timeout is not None:
+            timeout = None if max_seconds is None else timeout + max_seconds
         reason = ""
         for _ in range(MAX_LOSSES):
             slot = self._any_ready()
             try:
-                rows: list[LatencyRow] = ray.get(
-                    slot.actor.latency.remote(dict(candidates), tuple(batch_sizes), repeats)
-                )
-                return rows
+                return ray.get(getattr(slot.actor, method).remote(*arguments), timeout=timeout)
             except ray.exceptions.RayTaskError:
                 raise
             except ray.exceptions.RayError as error:
                 reason = loss_reason(error)
                 self._replace(slot, reason)
-        raise EvaluationError(f"latency: its replica was lost {MAX_LOSSES} times: {reason}")
+        raise EvaluationError(f"{method}: its replica was lost {MAX_LOSSES} times: {reason}")
 
     def close(self) -> None:
         """Ends the replicas."""

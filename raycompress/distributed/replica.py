@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from raycompress.errors import ClusterError, TaskError
 from raycompress.host import HostInfo, ModelHost, Unit, UnitResult
 from raycompress.search import Candidate, Ranking
 from raycompress.structure.latency import LatencyRow
+from raycompress.structure.latency_table import LatencyTable
 from raycompress.weights import WeightStore
 
 if TYPE_CHECKING:
@@ -105,10 +107,20 @@ class Replica:
         return None if self.host is None else self.host.progress
 
     def latency(
-        self, candidates: Mapping[str, Candidate], batch_sizes: Sequence[int], repeats: int
+        self,
+        candidates: Mapping[str, Candidate],
+        batch_sizes: Sequence[int],
+        repeats: int,
+        max_seconds: float | None,
     ) -> list[LatencyRow]:
         """Measures candidates against each other on this replica's device."""
-        return self._hosted().latency(candidates, batch_sizes, repeats)
+        return self._hosted().latency(candidates, batch_sizes, repeats, max_seconds)
+
+    def latency_table(
+        self, batch_size: int, folder: str | Path | None, max_seconds: float
+    ) -> LatencyTable:
+        """Measures the model's latency table on this replica's device."""
+        return self._hosted().latency_table(batch_size, folder, max_seconds)
 
     def probe(self, modules: Sequence[str]) -> dict[str, Any]:
         """Process id, and which of the modules are loaded; for tests and diagnosis."""

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from raycompress.budget import Allocator, Budget
+from raycompress.budget import Allocator, Budget, Pricing
 from raycompress.criteria import Criterion, ranking_of
 from raycompress.errors import ConfigError, EvaluationError
 from raycompress.executor import LocalExecutor
@@ -43,6 +43,7 @@ class Problem:
         budget: What may be kept; None: the pruner's own sparsity decides.
         targets: Which layers may be pruned; empty: all.
         seed: Of everything that the search draws.
+        latency: Prices counts for budgets of latency; None: nothing was measured.
         report: Told of figures of the search's own, such as residuals; they go with its next step.
     """
 
@@ -54,6 +55,7 @@ class Problem:
     budget: Budget | None = None
     targets: Sequence[Target] = ()
     seed: int = 0
+    latency: Pricing | None = None
     report: Callable[[Mapping[str, float]], None] = _ignore
 
     def groups(self) -> dict[str, float | None]:
@@ -198,7 +200,8 @@ class Pruner(ABC):
                 others only read it.
             task: Judges candidates.
             targets: Which layers may be pruned; empty: all.
-            budget: What may be kept, such as {"macs": "50%"}.
+            budget: What may be kept, such as {"macs": "50%"}. "latency_ms" is measured here first,
+                at batch size 1.
             seed: Of everything that the search draws.
             device: Where candidates are evaluated.
 
@@ -211,15 +214,19 @@ class Pruner(ABC):
             weights = Weights(model.state_dict(), {})
             digest = store.put(weights)
             executor = LocalExecutor(task, structure, store, device=device)
+            limits = None if budget is None else Budget.of(budget)
             problem = Problem(
                 model=model,
                 structure=structure,
                 weights=digest,
                 executor=executor,
                 store=store,
-                budget=None if budget is None else Budget.of(budget),
+                budget=limits,
                 targets=targets,
                 seed=seed,
+                latency=executor.latency_table()
+                if limits is not None and limits.names_latency
+                else None,
             )
             winner = run_search(self.search(problem), executor)
             masks = executor.host.masks(winner)
@@ -241,5 +248,10 @@ def allocator(
     if problem.budget is None:
         raise ConfigError(f"{pruner} needs a budget, such as budgets: [{{macs: 50%}}]")
     return Allocator(
-        problem.structure, tuple(groups), problem.budget, round_to=round_to, min_kept=min_kept
+        problem.structure,
+        tuple(groups),
+        problem.budget,
+        round_to=round_to,
+        min_kept=min_kept,
+        latency=problem.latency,
     )

@@ -5,6 +5,7 @@ from raycompress.structure.completion import Change, Completion, masks_of
 from raycompress.structure.cost import Cost, LayerCost
 from raycompress.structure.fold import FoldedLayer, Folding, fold_constants
 from raycompress.structure.latency import LatencyRow, file_size, measure
+from raycompress.structure.latency_table import LatencyTable, TableError, latency_table
 from raycompress.structure.model import ChannelGroup, Frozen, Member, Structure
 from raycompress.structure.operators import register_operator
 from raycompress.structure.rules_elementwise import elementwise
@@ -22,15 +23,18 @@ __all__ = [
     "Folding",
     "Frozen",
     "LatencyRow",
+    "LatencyTable",
     "LayerCost",
     "Member",
     "Structure",
+    "TableError",
     "Verdict",
     "analyze",
     "elementwise",
     "expand",
     "file_size",
     "fold_constants",
+    "latency_table",
     "masks_of",
     "measure",
     "register_operator",

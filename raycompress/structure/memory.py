@@ -35,7 +35,7 @@ def peak_bytes(forward: Callable[[], Any], device: torch.device) -> int:
         forward()
     events = [e for e in run.profiler.kineto_results.events() if e.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
-    return max(accumulate((event.nbytes() for event in events), initial=0))
+    return int(max(accumulate((event.nbytes() for event in events), initial=0)))
 
 
 @contextmanager

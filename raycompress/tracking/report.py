@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from raycompress.results import JobResult, ModelRow, TrialResult
+from raycompress.results import JobResult, Limit, ModelRow, TrialResult
 
 __all__ = ["report_markdown", "report_table"]
 
@@ -20,7 +20,9 @@ def _number(value: float) -> str:
 
 def _header(result: JobResult) -> list[str]:
     sizes = [latency.batch_size for latency in result.dense.latency]
-    latencies = [f"ms, batch {size} (p10-p90)" for size in sizes]
+    latencies = [
+        title for size in sizes for title in (f"ms, batch {size} (p10-p90)", f"MB, batch {size}")
+    ]
     name = result.score_name
     return [
         "model",
@@ -44,7 +46,7 @@ def _cells(row: ModelRow, label: str, dense: ModelRow) -> list[str]:
         times = f"{entry.median_ms:.2f} ({entry.p10_ms:.2f}-{entry.p90_ms:.2f})"
         if row.name == "slim" and base is not None:
             times += f", {base.median_ms / entry.median_ms:.2f}x"
-        latency.append(times)
+        latency += [times, f"{entry.peak_bytes / 1e6:.3g}"]
 
     def score(value: float | None) -> str:
         return "-" if value is None else f"{value:.4f}"
@@ -100,7 +102,8 @@ def report_markdown(result: JobResult) -> str:
     parts += [
         "",
         "Masked: parameters are those that aren't zero. Slim: really smaller; times are beside "
-        "the dense model's, measured in turns on one device.",
+        "the dense model's, measured in turns on one device. MB: peak memory of a forward pass "
+        "beyond parameters and inputs.",
         "",
     ]
     for trial in result.trials:
@@ -129,7 +132,7 @@ def _trial(trial: TrialResult) -> list[str]:
         verdict = "met" if limit.met else "NOT met"
         lines.append(
             f"- Budget {limit.resource} {limit.asked}: {_number(limit.measured)} of at most "
-            f"{_number(limit.limit)}, {verdict}"
+            f"{_number(limit.limit)}, {verdict}{_prediction(limit)}"
         )
     if trial.verification is not None:
         reasons = "; ".join(trial.verification.reasons)
@@ -147,6 +150,13 @@ def _trial(trial: TrialResult) -> list[str]:
         f"evaluated, {trial.replayed} answered by the ledger, {trial.seconds:.1f} s"
     )
     return [*lines, ""]
+
+
+def _prediction(limit: Limit) -> str:
+    if limit.predicted is None:
+        return ""
+    off = 100 * (limit.predicted / limit.measured - 1)
+    return f" (the search counted with {_number(limit.predicted)}, {off:+.1f} % off)"
 
 
 def _row(cells: Sequence[str]) -> str:
