@@ -17,6 +17,7 @@ from raycompress.structure.model import Frozen, LeafShape, Structure
 from raycompress.structure.operators import find_rule
 from raycompress.structure.pools import Pools, owner_of
 from raycompress.structure.repair import Draft, Repair
+from raycompress.structure.scale import AttentionCalls, query_rows
 from raycompress.structure.trace import Trace, trace
 
 __all__ = ["analyze"]
@@ -86,11 +87,13 @@ def analyze(
         structure = graph_structure(model, args, kwargs, protect, collect)
         return structure.limited(round_to=round_to, min_kept=min_kept)
     try:
-        seen = trace(model, args, kwargs, find_rule)
+        with AttentionCalls() as attention:
+            seen = trace(model, args, kwargs, find_rule)
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
         raise StructureError(
             f"the model doesn't run on the example inputs: {type(error).__name__}: {error}"
         ) from error
+    seen.query_rows = query_rows(model, seen, attention, args, kwargs, heads)
     protect(seen)
     structure = Repair(model, seen, lambda: collect(seen), args, kwargs).run()
     if form == "auto" and any(f.reason.startswith(_REPAIRED) for f in structure.frozen):
@@ -119,6 +122,7 @@ def _collect(seen: Trace, model: nn.Module, heads: Literal["whole", "dim"]) -> D
         groups=pools.groups,
         frozen=_frozen(seen, classes, pools),
         unknown_ops=dict(seen.unknown),
+        query_rows=seen.query_rows,
         untouched=tuple(
             leaf.name for leaf in seen.leaves if leaf.facets is None and leaf.is_parameter
         ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from raycompress.errors import StructureError
+from raycompress.structure.attention import fit_attention
+from raycompress.structure.layers import correct_layer
 from raycompress.structure.model import AnyMasks, Kept, Structure
 
 __all__ = ["cut_tensors", "expand", "slim"]
@@ -49,15 +51,45 @@ def slim(
     # Cut tensors enter the copy through deepcopy's memo, so the dense ones are never copied and
     # tied parameters stay tied.
     memo: dict[int, Any] = dict(cut_tensors(model, structure, kept))
+    vectors = structure.keep_vectors(kept)
+    tensors = _tensors(model, structure)
+    for name, dim, factors in _narrowed(structure, vectors):
+        cut, kept_factors = memo[id(tensors[name])], factors[vectors[name, dim]]
+        cut.data *= _along(kept_factors, dim, cut)
     small = copy.deepcopy(model, memo)
     counts = {name: len(index) for name, index in structure.indices(kept).items()}
     sizes = structure.sizes.values(structure.counts(counts))
     modules = dict(small.named_modules())
     for fix in structure.fixes:
         fix.apply(modules[fix.module], int(sizes[fix.size]))
-    for module in {name.rpartition(".")[0] for name, _ in structure.keep_vectors(kept)}:
-        _correct(modules[module])
+    dense = dict(model.named_modules(remove_duplicate=False))
+    cut_in: dict[str, dict[tuple[str, int], NDArray[np.bool_]]] = {}
+    for (name, dim), vector in vectors.items():
+        for alias in (name, *structure.leaves[name].aliases):
+            owner, _, attribute = alias.rpartition(".")
+            cut_in.setdefault(owner, {})[attribute, dim] = vector
+    for owner, own in cut_in.items():
+        correct_layer(small.get_submodule(owner), dense[owner], own)
+    fit_attention(small)
     return small
+
+
+def _narrowed(
+    structure: Structure, vectors: _Vectors
+) -> Iterator[tuple[str, int, NDArray[np.float64]]]:
+    """(parameter, dim, factor of each dense index) of queries whose heads became narrower."""
+    for rows in structure.query_rows:
+        vector = vectors.get((rows.parameter, rows.dim))
+        if vector is not None:
+            factors = rows.factors(vector)
+            if (factors != 1).any():
+                yield rows.parameter, rows.dim, factors
+
+
+def _along(factors: NDArray[np.float64], dim: int, tensor: Tensor) -> Tensor:
+    shape = [1] * tensor.dim()
+    shape[dim] = -1
+    return torch.from_numpy(factors).to(tensor.device, tensor.dtype).reshape(shape)
 
 
 def cut_tensors(model: nn.Module, structure: Structure, kept: Kept) -> dict[int, Tensor]:
@@ -91,33 +123,6 @@ def _tensors(model: nn.Module, structure: Structure) -> dict[str, Tensor]:
                 f"the model isn't the one analysed: {name!r} has shape {got}, not {leaf.shape}"
             )
     return found
-
-
-def _correct(module: nn.Module) -> None:
-    """Attributes of torch's own layers that only repeat the shape of a parameter."""
-    if isinstance(module, nn.Linear):
-        module.out_features, module.in_features = module.weight.shape
-    elif isinstance(module, nn.modules.conv._ConvNd):
-        first, second = module.weight.shape[:2]
-        if module.transposed:
-            module.in_channels, module.out_channels = first, second * module.groups
-        else:
-            module.out_channels, module.in_channels = first, second * module.groups
-    elif isinstance(module, nn.modules.batchnorm._NormBase):
-        tensor = module.weight if module.affine else module.running_mean
-        if tensor is not None:
-            module.num_features = len(tensor)
-    elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-        if module.weight is not None:
-            module.normalized_shape = tuple(module.weight.shape)
-    elif isinstance(module, nn.GroupNorm):
-        if module.affine:
-            module.num_channels = len(module.weight)
-    elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-        module.num_embeddings, module.embedding_dim = module.weight.shape
-    elif isinstance(module, nn.RNNBase):
-        module.input_size = module.get_parameter("weight_ih_l0").shape[1]
-        module.hidden_size = module.get_parameter("weight_hh_l0").shape[1]
 
 
 def expand(
@@ -159,4 +164,8 @@ def expand(
         full = torch.full_like(dense, fill, dtype=small.dtype, device=small.device)
         full[torch.meshgrid(*[i.to(small.device) for i in index], indexing="ij")] = small
         result[key] = full
+    for name, dim, factors in _narrowed(structure, vectors):
+        for key in (name, *structure.leaves[name].aliases):
+            if key in result:
+                result[key] /= _along(factors, dim, result[key])
     return result

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from raycompress.structure.labels import Facets, LabelSpace, varying
 from raycompress.structure.leaves import Leaf, flat, leaves_of, mapped
+from raycompress.structure.model import QueryRows
 from raycompress.structure.quiet import quiet
 from raycompress.structure.views import remember_views, write_back
 
@@ -123,6 +124,7 @@ class Trace:
     outputs: dict[str, tuple[tuple[int, ...], Facets]] = field(default_factory=dict)  # of modules
     batch: int = 1
     output: Any = None  # what the model returned
+    query_rows: tuple[QueryRows, ...] = ()
     _by_id: dict[int, Leaf] = field(default_factory=dict)
     _by_storage: dict[tuple[int, tuple[int, ...]], Leaf] = field(default_factory=dict)
     stack: list[str] = field(default_factory=list)

@@ -31,6 +31,10 @@ def write_back(tracer: Trace, view: Tensor) -> None:
     if link is None:
         return
     base, func, args, kwargs, index = link
+    if func is torch.ops.aten.as_strided.default and base.storage_offset():
+        for old_facet in tracer.facets(base):  # its offset counts from elsewhere
+            tracer.space.freeze(old_facet, "written through as_strided")
+        return
     written = tracer.facets(view)
     old = tracer.facets(base)
     if not written and not old:
@@ -47,9 +51,9 @@ def write_back(tracer: Trace, view: Tensor) -> None:
             match = free[0]
         if match is not None:
             free = [f for f in free if f is not match]
-            full = spread(match, base.shape).clone()
+            full = _laid_out(match, base)
         else:
-            full = torch.zeros(tuple(base.shape), dtype=torch.int64)
+            full = torch.zeros_like(base, dtype=torch.int64)
         target = func(full, *args[1:], **kwargs)
         target = target if isinstance(target, Tensor) else target[index]
         if facet is None:
@@ -64,10 +68,15 @@ def write_back(tracer: Trace, view: Tensor) -> None:
     write_back(tracer, base)
 
 
+def _laid_out(facet: Tensor, base: Tensor) -> Tensor:
+    """Labels that lie in memory as the elements of the base do, for `as_strided`."""
+    return torch.empty_like(base, dtype=torch.int64).copy_(spread(facet, base.shape))
+
+
 def _shows(
     facet: Tensor, base: Tensor, func: Any, args: Any, kwargs: Any, index: int, dims: Any
 ) -> bool:
     """Whether the facet of the base varies along the same dims when seen through the view."""
-    seen = func(spread(facet, base.shape), *args[1:], **kwargs)
+    seen = func(_laid_out(facet, base), *args[1:], **kwargs)
     seen = canonical(seen if isinstance(seen, Tensor) else seen[index])
     return seen is not None and varying(seen) == tuple(dims)
