@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
-from typing import Any, Literal
+from collections.abc import Collection
+from typing import Literal
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
 from raycompress.errors import StructureError
 from raycompress.structure.closure import Classes, close
 from raycompress.structure.compile import Sizes
 from raycompress.structure.graph_analyze import graph_structure
+from raycompress.structure.inputs import Inputs, as_call, why_not
 from raycompress.structure.model import Frozen, LeafShape, Structure
 from raycompress.structure.operators import find_rule
 from raycompress.structure.pools import Pools, owner_of
 from raycompress.structure.repair import Draft, Repair
-from raycompress.structure.scale import AttentionCalls, query_rows
 from raycompress.structure.trace import Trace, trace
 
 __all__ = ["analyze"]
@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 def analyze(
     model: nn.Module,
-    example_inputs: tuple[Any, ...] | Mapping[str, Any] | Tensor,
+    example_inputs: Inputs,
     *,
     ignore: Collection[str] = (),
     heads: Literal["whole", "dim"] = "whole",
@@ -62,13 +62,7 @@ def analyze(
         StructureError: the model doesn't run on the example inputs, `ignore` names nothing, or
             the model has no graph form where that is asked for.
     """
-    if isinstance(example_inputs, Mapping):
-        args: tuple[Any, ...] = ()
-        kwargs = dict(example_inputs)
-    elif isinstance(example_inputs, Tensor):
-        args, kwargs = (example_inputs,), {}
-    else:
-        args, kwargs = tuple(example_inputs), {}
+    args, kwargs = as_call(example_inputs)
     protected = _protected(model, ignore)
 
     def protect(seen: Trace) -> None:
@@ -87,13 +81,12 @@ def analyze(
         structure = graph_structure(model, args, kwargs, protect, collect)
         return structure.limited(round_to=round_to, min_kept=min_kept)
     try:
-        with AttentionCalls() as attention:
-            seen = trace(model, args, kwargs, find_rule)
-    except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
-        raise StructureError(
-            f"the model doesn't run on the example inputs: {type(error).__name__}: {error}"
-        ) from error
-    seen.query_rows = query_rows(model, seen, attention, args, kwargs, heads)
+        seen = trace(model, args, kwargs, find_rule)
+    except Exception as error:
+        reason = why_not(model, args, kwargs)
+        if reason is None:  # it runs without the tracer, so this isn't the inputs' fault
+            raise
+        raise StructureError(reason) from error
     protect(seen)
     structure = Repair(model, seen, lambda: collect(seen), args, kwargs).run()
     if form == "auto" and any(f.reason.startswith(_REPAIRED) for f in structure.frozen):
@@ -122,7 +115,6 @@ def _collect(seen: Trace, model: nn.Module, heads: Literal["whole", "dim"]) -> D
         groups=pools.groups,
         frozen=_frozen(seen, classes, pools),
         unknown_ops=dict(seen.unknown),
-        query_rows=seen.query_rows,
         untouched=tuple(
             leaf.name for leaf in seen.leaves if leaf.facets is None and leaf.is_parameter
         ),

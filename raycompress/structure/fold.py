@@ -6,9 +6,8 @@ constant is lost, and the slim model computes something else (the complaint abou
 
 Where the lost inputs of a reader add the same number to an output whatever the example and the
 position, that number belongs in the reader's bias, and the fold is exact. Zero padding behind a
-constant breaks this at the borders; a gate that depends on the input breaks it everywhere. Noise
-with the mean and spread of the inputs is run too, so that inputs that happen to be alike prove
-nothing.
+constant breaks this at the borders; a gate that depends on the input breaks it everywhere. The
+inputs' numbers in another order are run too, so that inputs that happen to be alike prove nothing.
 """
 
 from __future__ import annotations
@@ -18,9 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from raycompress.errors import StructureError
+from raycompress.structure.inputs import Inputs, as_call, why_not
 from raycompress.structure.model import Kept, Structure
 from raycompress.structure.readers import (
-    Inputs,
     Reader,
     find_readers,
     noise_like,
@@ -101,11 +101,15 @@ def fold_constants(
     small = slim(masked, structure, kept)
     vectors = structure.keep_vectors(kept)
     readers = find_readers(masked, structure, vectors)
+    examples = [inputs, *(noise_like(inputs, torch.Generator().manual_seed(s)) for s in (0, 1))]
+    for example, kind in zip(examples, ("", "noise like ", "noise like "), strict=True):
+        reason = why_not(masked, *as_call(example))
+        if reason is not None:
+            raise StructureError(reason.replace("the example", f"{kind}the example"))
     run(masked, readers, inputs, Reader.add)
     run(masked, readers, inputs, Reader.compare)
     given = [(r.unfolded / max(r.scale, 1e-30), r.error / max(r.scale, 1e-30)) for r in readers]
-    for seed in (0, 1):
-        noise = noise_like(inputs, torch.Generator().manual_seed(seed))
+    for noise in examples[1:]:
         run(masked, readers, noise, Reader.compare)
     rows = tuple(
         _fold(reader, small, structure, errors, approximate)

@@ -127,37 +127,6 @@ class AttributeFix:
         setattr(module, self.attribute, type(old)(new))
 
 
-@dataclass(frozen=True)
-class QueryRows:
-    """Rows of a parameter that make the queries of attention whose scale follows their width.
-
-    Attributes:
-        parameter: its first name.
-        dim: along which the rows lie.
-        rows: dense indices, for each head those of its positions.
-    """
-
-    parameter: str
-    dim: int
-    rows: tuple[tuple[int, ...], ...]
-
-    def factors(self, kept: NDArray[np.bool_]) -> NDArray[np.float64]:
-        """What queries of narrower heads must be multiplied with, for each dense index."""
-        index = np.array(self.rows)
-        widths = kept[index].sum(axis=1)
-        width = int(widths.max())
-        assert set(widths.tolist()) <= {0, width}, "heads of different widths"
-        factors = np.ones(len(kept))
-        factors[index] = (width / index.shape[1]) ** 0.5
-        return factors
-
-    def times(self, tensor: Tensor, factor: float) -> Tensor:
-        """The parameter with these rows multiplied."""
-        result = tensor.clone()
-        index = torch.tensor(self.rows, device=tensor.device).flatten()
-        return result.index_copy_(self.dim, index, result.index_select(self.dim, index) * factor)
-
-
 @dataclass(frozen=True, eq=False)
 class Structure:
     """Channel groups and cost of one model. Picklable; holds no tensor or module of it.
@@ -172,7 +141,6 @@ class Structure:
         fixes: attributes to correct in a slim model.
         sizes: cost terms and layer sizes as functions of the kept counts.
         plan: the exported graph and what changes in it, for graph form; None for module form.
-        query_rows: what makes queries for attention whose scale follows the width of a head.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -184,7 +152,6 @@ class Structure:
     fixes: tuple[AttributeFix, ...]
     sizes: CostModel
     plan: GraphPlan | None = None
-    query_rows: tuple[QueryRows, ...] = ()
 
     @property
     def form(self) -> Literal["module", "graph"]:

@@ -16,15 +16,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from raycompress.errors import StructureError
+from raycompress.structure.inputs import Inputs, as_call
 from raycompress.structure.model import Structure
 from raycompress.structure.quiet import quiet
 
-__all__ = ["Inputs", "Reader", "find_readers", "noise_like", "run", "tolerance"]
+__all__ = ["Reader", "find_readers", "noise_like", "run", "tolerance"]
 
 _TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5}
 Vectors = Mapping[tuple[str, int], NDArray[np.bool_]]
-Inputs = tuple[Any, ...] | Mapping[str, Any] | Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,22 +197,10 @@ def run(
     inputs: Inputs,
     action: Callable[[Reader, _Call], None],
 ) -> None:
-    """Runs the model; each reader acts on each of its calls.
-
-    Raises:
-        StructureError: the model doesn't run.
-    """
+    """Runs the model; each reader acts on each of its calls."""
+    args, kwargs = as_call(inputs)
     with quiet(model), _hooked(readers, action):
-        try:
-            if isinstance(inputs, Mapping):
-                model(**inputs)
-            else:
-                model(*(inputs if isinstance(inputs, tuple) else (inputs,)))
-        except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
-            raise StructureError(
-                f"the masked model doesn't run on the inputs, or on noise of their mean and "
-                f"spread: {type(error).__name__}: {error}"
-            ) from error
+        model(*args, **kwargs)
 
 
 @contextmanager
@@ -238,14 +225,12 @@ def _hooked(readers: list[Reader], action: Callable[[Reader, _Call], None]) -> I
 
 
 def noise_like(value: Any, generator: torch.Generator) -> Any:
-    """The same containers with other numbers: floats drawn anew, integers in another order."""
+    """The same containers with the same numbers in another order; where all are alike, noise."""
     if isinstance(value, Tensor):
-        if not value.is_floating_point():
-            order = torch.randperm(value.numel(), generator=generator)
-            return value.flatten()[order.to(value.device)].reshape(value.shape)
-        noise = torch.randn(value.shape, generator=generator).to(value)
-        spread = value.std() if value.numel() > 1 else value.new_zeros(())
-        return value.mean() + noise * (spread + (spread == 0))
+        if value.is_floating_point() and value.numel() and bool((value == value.min()).all()):
+            return value + torch.randn(value.shape, generator=generator).to(value)
+        order = torch.randperm(value.numel(), generator=generator)
+        return value.flatten()[order.to(value.device)].reshape(value.shape)
     if isinstance(value, Mapping):
         return {k: noise_like(v, generator) for k, v in value.items()}
     if isinstance(value, tuple):
