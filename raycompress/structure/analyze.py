@@ -18,6 +18,7 @@ from raycompress.structure.model import Frozen, LeafShape, Structure
 from raycompress.structure.operators import find_rule
 from raycompress.structure.pools import Pools, owner_of
 from raycompress.structure.repair import Draft, Repair
+from raycompress.structure.scale import AttentionCalls, query_rows
 from raycompress.structure.trace import Trace, trace
 
 __all__ = ["analyze"]
@@ -81,12 +82,14 @@ def analyze(
         structure = graph_structure(model, args, kwargs, protect, collect)
         return structure.limited(round_to=round_to, min_kept=min_kept)
     try:
-        seen = trace(model, args, kwargs, find_rule)
+        with AttentionCalls() as attention:
+            seen = trace(model, args, kwargs, find_rule)
     except Exception as error:
         reason = why_not(model, args, kwargs)
         if reason is None:  # it runs without the tracer, so this isn't the inputs' fault
             raise
         raise StructureError(reason) from error
+    seen.query_rows = query_rows(model, seen, attention, args, kwargs, heads)
     protect(seen)
     structure = Repair(model, seen, lambda: collect(seen), args, kwargs).run()
     if form == "auto" and any(f.reason.startswith(_REPAIRED) for f in structure.frozen):
@@ -115,6 +118,7 @@ def _collect(seen: Trace, model: nn.Module, heads: Literal["whole", "dim"]) -> D
         groups=pools.groups,
         frozen=_frozen(seen, classes, pools),
         unknown_ops=dict(seen.unknown),
+        query_rows=seen.query_rows,
         untouched=tuple(
             leaf.name for leaf in seen.leaves if leaf.facets is None and leaf.is_parameter
         ),

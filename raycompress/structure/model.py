@@ -127,6 +127,37 @@ class AttributeFix:
         setattr(module, self.attribute, type(old)(new))
 
 
+@dataclass(frozen=True)
+class QueryRows:
+    """Rows of a parameter that make the queries of attention whose scale follows their width.
+
+    Attributes:
+        parameter: its first name.
+        dim: along which the rows lie.
+        rows: dense indices, for each head those of its positions.
+    """
+
+    parameter: str
+    dim: int
+    rows: tuple[tuple[int, ...], ...]
+
+    def factors(self, kept: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """What queries of narrower heads must be multiplied with, for each dense index."""
+        index = np.array(self.rows)
+        widths = kept[index].sum(axis=1)
+        width = int(widths.max())
+        assert set(widths.tolist()) <= {0, width}, "heads of different widths"
+        factors = np.ones(len(kept))
+        factors[index] = (width / index.shape[1]) ** 0.5
+        return factors
+
+    def times(self, tensor: Tensor, factor: float) -> Tensor:
+        """The parameter with these rows multiplied."""
+        result = tensor.clone()
+        index = torch.tensor(self.rows, device=tensor.device).flatten()
+        return result.index_copy_(self.dim, index, result.index_select(self.dim, index) * factor)
+
+
 @dataclass(frozen=True, eq=False)
 class Structure:
     """Channel groups and cost of one model. Picklable; holds no tensor or module of it.
@@ -141,6 +172,7 @@ class Structure:
         fixes: attributes to correct in a slim model.
         sizes: cost terms and layer sizes as functions of the kept counts.
         plan: the exported graph and what changes in it, for graph form; None for module form.
+        query_rows: what makes queries for attention whose scale follows the width of a head.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -152,6 +184,7 @@ class Structure:
     fixes: tuple[AttributeFix, ...]
     sizes: CostModel
     plan: GraphPlan | None = None
+    query_rows: tuple[QueryRows, ...] = ()
 
     @property
     def form(self) -> Literal["module", "graph"]:
@@ -166,8 +199,17 @@ class Structure:
         produced = [g for g in self.groups if name in g.producers]
         if len(produced) == 1:
             return produced[0]
-        known = ", ".join(g.name for g in self.groups[:8])
-        raise StructureError(f"no channel group {name!r}; groups are {known}, ...")
+        raise StructureError(f"no channel group {name!r}{self._instead(name, produced)}")
+
+    def _instead(self, name: str, produced: list[ChannelGroup]) -> str:
+        if produced:
+            return f"; {name!r} produces the channels of {', '.join(g.name for g in produced)}"
+        for f in self.frozen:
+            if f.parameter.rpartition(".")[0] == name and f.dim == 0:
+                return f": the outputs of {name!r} can't be pruned ({f.reason})"
+        names = [g.name for g in self.groups]
+        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+        return f"; groups are {', '.join(names[:8])}{more}" if names else "; there are none"
 
     def limited(self, *, round_to: int = 1, min_kept: int = 1) -> Structure:
         """The same structure with limits on what may be kept of each group.
@@ -207,7 +249,7 @@ class Structure:
             for name, count in kept.items():
                 at = self.sizes.index.get(name)
                 if at is None:
-                    raise StructureError(f"no channel group {name!r}")
+                    raise StructureError(f"no channel group {name!r}{self._instead(name, [])}")
                 if not 0 <= count <= self.sizes.full[at]:
                     raise StructureError(
                         f"group {name!r} has {self.sizes.full[at]} channels, asked for {count}"
