@@ -77,6 +77,8 @@ class Taylor(Criterion):
         sums = {
             g.name: torch.zeros(g.num_channels, dtype=torch.float64) for g in probe.structure.groups
         }
+        if not wanted:
+            return {}  # nothing can be pruned
         total = 0
         for batch, size in self._mini_batches(probe):
             changes = _changes(probe, batch, wanted)

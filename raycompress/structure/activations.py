@@ -35,8 +35,8 @@ Ids = NDArray[np.int64]
 _ACTIVATIONS = frozenset(
     f"aten::{n}"
     for n in (
-        "relu gelu silu mish elu celu leaky_relu rrelu_with_noise _prelu_kernel hardswish threshold "
-        "clamp clamp_min glu log_sigmoid_forward softshrink hardshrink "
+        "relu gelu silu mish elu celu leaky_relu rrelu_with_noise _prelu_kernel hardswish "
+        "threshold clamp clamp_min glu log_sigmoid_forward softshrink hardshrink "
         "sigmoid hardsigmoid tanh softplus hardtanh"
     ).split()
 )
