@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from raycompress.structure import Structure, analyze, slim
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "structure"))
-from zoo import declare_torchvision_operators, missing
+from zoo import need
 
-PEERS = ("torchvision", "torch_pruning")
 pytestmark = [pytest.mark.benchmark, pytest.mark.timeout(900)]
 
 # Runs in a process of its own, so that the peak of memory is that of one tool: import and build
@@ -32,8 +31,8 @@ MEASURE = """
 import json, resource, sys, time
 import torch
 sys.path.insert(0, {path!r})
-from zoo import declare_torchvision_operators
-declare_torchvision_operators()
+from zoo import need
+need("torchvision")
 from torchvision.models import resnet50
 {imports}
 torch.set_num_threads(1)
@@ -86,8 +85,8 @@ def measured(parts: dict[str, str]) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.skipif(bool(missing(*PEERS)), reason=missing(*PEERS))
 def test_analysis_and_slimming_of_resnet50() -> None:
+    need("torchvision", "torch_pruning")
     runs = [(measured(OURS), measured(PEER)) for _ in range(3)]
     best = [{k: min(run[i][k] for run in runs) for k in runs[0][i]} for i in (0, 1)]
     ours, peer = best
@@ -172,9 +171,8 @@ def test_a_slim_convnet_is_as_fast_as_a_native_one() -> None:
     compare("convnet", dense, small, convnet([32, 64, 64, 128]), x)
 
 
-@pytest.mark.skipif(bool(missing("torchvision")), reason=missing("torchvision"))
 def test_a_slim_resnet50_is_as_fast_as_a_native_one() -> None:
-    declare_torchvision_operators()
+    need("torchvision")
     from torchvision.models import resnet50
     from torchvision.models.resnet import Bottleneck, ResNet
 

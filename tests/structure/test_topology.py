@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from architectures import Concat, Grouped, Plain, Residual, Transformer
 from rich.console import Console
 from torch import Tensor, nn
-from zoo import declare_torchvision_operators, missing
+from zoo import need
 
 from raycompress.errors import StructureError
 from raycompress.structure import analyze, slim
@@ -225,10 +225,9 @@ def test_any_rows_have_a_table() -> None:
 
 @pytest.mark.slow
 @pytest.mark.zoo
-@pytest.mark.skipif(bool(missing("torchvision")), reason=missing("torchvision"))
 def test_dependency_sets_of_torchvision_resnet18() -> None:
     """The sets that NNI's tests expect of its ChannelDependency."""
-    declare_torchvision_operators()
+    need("torchvision")
     from torchvision.models import resnet18
 
     rows = channel_dependencies(analyze(resnet18(), (torch.zeros(1, 3, 64, 64),)))
