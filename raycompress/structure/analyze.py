@@ -81,9 +81,9 @@ def analyze(
     if form == "graph":
         structure = graph_structure(model, args, kwargs, protect, collect)
         return structure.limited(round_to=round_to, min_kept=min_kept)
+    attention = AttentionCalls()
     try:
-        with AttentionCalls() as attention:
-            seen = trace(model, args, kwargs, find_rule)
+        seen = trace(model, args, kwargs, find_rule, forward=attention.forward(model))
     except Exception as error:
         reason = why_not(model, args, kwargs)
         if reason is None:  # it runs without the tracer, so this isn't the inputs' fault

@@ -69,12 +69,18 @@ def _slice(call: Call) -> None:
 
 
 def _select(call: Call) -> None:
-    source = call.arg("self")
-    dim = call.arg("dim") % source.dim()
+    """One element is picked: the first and the last stay what they are if they aren't removed."""
+    source: Tensor = call.arg("self")
+    dim, index = call.arg("dim") % source.dim(), int(call.arg("index"))
+    kept: Facets = []
     for facet in call.facets(source):
+        if varying(facet) == (dim,) and index in (0, -1):
+            call.space.freeze(facet.select(dim, index), "picked by its index")
+            continue
+        kept.append(facet)
         if facet.shape[dim] > 1:
             call.space.fixed.append((facet.numpy(), dim, "one element is picked by its index"))
-    run(call)
+    call.set(call.out, move(kept, source.shape, lambda f: f.select(dim, index)))
 
 
 def _cat(call: Call) -> None:
@@ -117,9 +123,10 @@ def _cat(call: Call) -> None:
             joined.append(whole)
     call.space.keep_rectangular(joined)
     # The joined facets explain sizes only where they vary.
-    shape = tuple(
-        size if any(f.shape[d] > 1 for f in joined) else 1 for d, size in enumerate(call.out.shape)
-    )
+    varies = [any(f.shape[d] > 1 for f in joined) for d in range(call.out.dim())]
+    shape = [size if v else 1 for size, v in zip(call.out.shape, varies, strict=True)]
+    # What the others have there is in the joined ones too, as labels or as zeros.
+    rest_shape = [1 if v else size for size, v in zip(rest_shape, varies, strict=True)]
     call.set(call.out, merge(call.space, joined, shape, rest, rest_shape))
 
 

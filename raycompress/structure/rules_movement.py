@@ -123,6 +123,18 @@ def _unpaired(call: Call) -> None:
     call.set(call.out, [f.unsqueeze(-1) for f in call.facets(call.arg("self"))])
 
 
+def _triangle(call: Call) -> None:
+    """tril, triu: which elements are zeroed depends on positions along the last two dims."""
+    source: Tensor = call.arg("self")
+    kept: Facets = []
+    for facet in call.facets(source):
+        if any(d >= source.dim() - 2 for d in varying(facet)):
+            call.space.freeze(facet, f"{call.name} along channels")
+        else:
+            kept.append(facet)
+    call.set(call.out, kept)
+
+
 def _roll(call: Call) -> None:
     source = call.arg("self")
     dims = [d % source.dim() for d in call.arg("dims")]
@@ -140,7 +152,7 @@ def _repeat_interleave(call: Call) -> None:
 
 _PLAIN = (
     "permute transpose t squeeze unsqueeze movedim flip unfold diagonal narrow unbind "
-    "tril triu rot90 real imag swapaxes numpy_T mT adjoint "
+    "rot90 real imag swapaxes numpy_T mT adjoint "
     "expand_copy permute_copy"
 ).split()
 _VIEWS = (
@@ -152,6 +164,8 @@ MOVEMENTS: dict[str, Rule] = {
     **{f"aten::{n}": _view for n in _VIEWS},
     "aten::as_strided": _as_strided,
     "aten::expand": _expand,
+    "aten::tril": _triangle,
+    "aten::triu": _triangle,
     "aten::repeat": _repeat,
     "aten::view_as_complex": _pairs,
     "aten::view_as_real": _unpaired,

@@ -9,13 +9,13 @@ linearly, and that nothing else depends on them, is proven by one more forward p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
@@ -36,13 +36,26 @@ class AttentionCalls(TorchFunctionMode):
 
     Attributes:
         queries: what `scaled_dot_product_attention` got, in order of the calls.
+        edges: how many labels' unions there were then.
         factors: of the default scale of each call; none for calls beyond the end.
     """
 
     def __init__(self, factors: tuple[float, ...] = ()) -> None:
         super().__init__()
         self.queries: list[Tensor] = []
+        self.edges: list[int] = []
         self.factors = factors
+        self._tracer: Trace | None = None
+
+    def forward(self, model: nn.Module) -> Callable[[Trace, Any, Any], Any]:
+        """Runs the model for `trace`, with this mode on."""
+
+        def run(tracer: Trace, args: Any, kwargs: Any) -> Any:
+            self._tracer = tracer
+            with self:
+                return model(*args, **kwargs)
+
+        return run
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -53,8 +66,10 @@ class AttentionCalls(TorchFunctionMode):
             query = args[0] if args else kwargs["query"]
             at = len(self.queries)
             self.queries.append(query)
+            if self._tracer is not None:
+                self.edges.append(len(self._tracer.space.edges))
             if at < len(self.factors) and self.factors[at] != 1:
-                kwargs["scale"] = query.shape[-1] ** -0.5 * self.factors[at]
+                kwargs["scale"] = 1 / math.sqrt(query.shape[-1]) * self.factors[at]
         return func(*args, **kwargs)
 
 
@@ -79,7 +94,7 @@ def query_rows(
         heads: what heads may lose; where several go whole, each keeps its width.
     """
     narrow = [i for i, q in enumerate(calls.queries) if _can_narrow(seen, q, heads)]
-    found = {i: _makers(seen, calls.queries[i]) for i in narrow}
+    found = {i: _makers(seen, calls.queries[i], calls.edges[i]) for i in narrow}
     run = _prover(model, calls, args, kwargs)
     proven = {i for i in narrow if found[i]}
     if proven and not run(proven, found):
@@ -100,44 +115,54 @@ def _can_narrow(seen: Trace, query: Tensor, heads: Literal["whole", "dim"]) -> b
     return any(heads == "dim" or len(dims) == 1 for dims in along)
 
 
-def _makers(seen: Trace, query: Tensor) -> tuple[QueryRows, ...]:
-    """The rows whose labels the queries carry, in a weight and in what is added to it."""
+def _makers(seen: Trace, query: Tensor, number: int) -> tuple[QueryRows, ...]:
+    """The rows of a weight whose labels the queries carry, and what is added to its outputs.
+
+    Labels were united before the call: of a bias with the weight's, of the two positions of a
+    rotary pair with each other.
+
+    Args:
+        seen: the trace.
+        query: of shape (..., width of a head).
+        number: of the edges that there were when attention was called.
+    """
     facets = [f for f in seen.facets(query) if f.shape[-1] > 1]
     if len(facets) != 1:
         return ()
-    ids = np.unique(facets[0].reshape(-1, facets[0].shape[-1]).numpy(), axis=0)
-    weight = _owner(seen, ids)
-    if weight is None:
+    width = query.shape[-1]
+    heads = np.unique(facets[0].reshape(-1, width).numpy(), axis=0)
+    spans = [
+        (leaf, dim, start, start + leaf.tensor.shape[dim])
+        for leaf in seen.leaves
+        for dim, start in enumerate(leaf.starts)
+        if start and leaf.is_parameter
+    ]
+    matrix = [s for s in spans if s[0].tensor.dim() > 1 and s[2] <= heads[0, 0] < s[3]]
+    vectors = [s for s in spans if s[0].tensor.dim() == 1]
+    head_of = np.full(seen.space.count, -1)
+    allowed = np.zeros(seen.space.count, dtype=np.bool_)
+    for _, _, first, last in [*matrix, *vectors]:
+        allowed[first:last] = True
+    head_of[heads] = np.arange(len(heads))[:, None]
+    if not allowed[heads].all():
         return ()
-    result = [weight]
-    flat_ids = ids.reshape(-1)
-    order = np.argsort(flat_ids)
-    ordered = flat_ids[order]
-    for left, right in seen.space.edges:
-        for a, b in ((left, right), (right, left)):
-            at = np.searchsorted(ordered, a)
-            at[at == len(order)] = 0
-            mine = ordered[at] == a
-            if not mine.any():
-                continue
-            other = np.zeros(flat_ids.shape, dtype=np.int64)
-            other[order[at[mine]]] = b[mine]
-            added = _owner(seen, other.reshape(ids.shape), vectors=True)
-            if added is not None and added not in result:
-                result.append(added)
+    edges = seen.space.edges[:number]
+    grown = True
+    while grown:
+        grown = False
+        for left, right in edges:
+            for a, b in ((left, right), (right, left)):
+                new = (head_of[a] >= 0) & (head_of[b] < 0) & allowed[b]
+                if new.any():
+                    head_of[b[new]] = head_of[a[new]]
+                    grown = True
+    result = []
+    for leaf, dim, first, last in [*matrix, *vectors]:
+        mine = head_of[first:last]
+        rows = [tuple(np.flatnonzero(mine == h).tolist()) for h in range(len(heads))]
+        if all(len(r) == width for r in rows):
+            result.append(QueryRows(leaf.name, dim, tuple(rows)))
     return tuple(result)
-
-
-def _owner(seen: Trace, ids: NDArray[np.int64], *, vectors: bool = False) -> QueryRows | None:
-    """The parameter that all these ids belong to."""
-    for leaf in seen.leaves:
-        if not leaf.is_parameter or (leaf.tensor.dim() == 1) != vectors:
-            continue
-        for dim, start in enumerate(leaf.starts):
-            if start and (ids >= start).all() and (ids < start + leaf.tensor.shape[dim]).all():
-                rows = tuple(tuple(int(i) for i in row) for row in ids - start)
-                return QueryRows(leaf.name, dim, rows)
-    return None
 
 
 def _prover(
