@@ -99,16 +99,14 @@ class _Gone:
         self._read: set[int] = set()
         self._conjunctions = 0
         self._edges = 0
+        self._links: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
 
     def update(self, tracer: Trace) -> NDArray[np.bool_]:
         """One flag for each label that the trace has made so far, shape (labels,)."""
-        space = tracer.space
-        if len(self._flags) == space.count:
-            self._follow(space)
-            return self._flags
-        self._flags = np.concatenate(
-            [self._flags, np.zeros(space.count - len(self._flags), dtype=np.bool_)]
-        )
+        space, flags = tracer.space, self._flags
+        if len(flags) == space.count and len(space.edges) == self._edges:
+            return flags
+        flags = np.concatenate([flags, np.zeros(space.count - len(flags), dtype=np.bool_)])
         for number, leaf in enumerate(tracer.leaves):
             if leaf.facets is None or number in self._read:
                 continue
@@ -116,28 +114,26 @@ class _Gone:
             for dim, start in enumerate(leaf.starts):
                 keep = self._keep.get((leaf.name, dim))
                 if start and keep is not None:
-                    self._flags[start : start + len(keep)] = ~keep
-        for c in space.conjunctions[self._conjunctions :]:
-            self._flags[c.ids] = self._flags[c.children].all(axis=1)
-        self._conjunctions = len(space.conjunctions)
-        self._follow(space)
-        return self._flags
-
-    def _follow(self, space: LabelSpace) -> None:
-        """What belongs to no parameter is gone where something that it met is."""
-        if not space.flexible or len(space.edges) == self._edges:
-            return
-        self._edges = len(space.edges)
+                    flags[start : start + len(keep)] = ~keep
         follows = np.zeros(space.count, dtype=np.bool_)
         for start, stop in space.flexible:
             follows[start:stop] = True
-        changed = True
-        while changed:
-            before = self._flags.sum()
-            for a, b in space.edges:
-                for mine, other in ((a, b), (b, a)):
-                    self._flags[mine] |= follows[mine] & self._flags[other]
-            changed = self._flags.sum() > before
+        if space.flexible:
+            for a, b in space.edges[self._edges :]:
+                self._links += [(x[follows[x]], y[follows[x]]) for x, y in ((a, b), (b, a))]
+        new = space.conjunctions[self._conjunctions :]
+        self._edges, self._conjunctions = len(space.edges), len(space.conjunctions)
+        while True:
+            for c in new:
+                flags[c.ids] = flags[c.children].all(axis=1)
+            before = flags.sum()
+            for mine, other in self._links:  # what belongs to no parameter goes with what it meets
+                flags[mine[flags[other]]] = True
+            if flags.sum() == before:
+                break
+            new = space.conjunctions
+        self._flags = flags
+        return flags
 
     def kept(self, tracer: Trace, tensor: Tensor) -> Positions:
         """Kept indices along each dim of a tensor that has lost something."""
