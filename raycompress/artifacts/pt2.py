@@ -60,7 +60,7 @@ def save_pt2(
             "format": 1,
             "raycompress": raycompress.__version__,
             "torch": torch.__version__,
-            "model": type(model).__qualname__,
+            "model": type(model).__name__,
             "dynamic_batch": not reason,
             "inputs": [
                 {

@@ -95,6 +95,18 @@ class Odd(nn.Module):
         return self.head(F.relu(x + self.shift)) * self.steps
 
 
+class Multihead(nn.Module):
+    """Its heads get sizes that the stock class can't express."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x + self.attention(x, x, x, need_weights=False)[0])
+
+
 class LastBatch(nn.Module):
     """Keeps numbers and tensors of its last call, and what it computed in evaluation mode."""
 
@@ -114,7 +126,6 @@ class LastBatch(nn.Module):
         return self.head(F.linear(x, self.cached, self.layer.bias))
 
 
-IMAGES = torch.Generator().manual_seed(0)
 KINDS: dict[str, tuple[type[nn.Module], Tensor]] = {
     "ConvNet": (ConvNet, torch.randn(2, 3, 8, 8)),
     "Residual": (Residual, torch.randn(2, 3, 8, 8)),
@@ -123,4 +134,5 @@ KINDS: dict[str, tuple[type[nn.Module], Tensor]] = {
     "Recurrent": (Recurrent, torch.randn(2, 5, 6)),
     "Tied": (Tied, torch.randint(0, 11, (2, 5))),
     "Odd": (Odd, torch.randn(2, 6)),
+    "Multihead": (Multihead, torch.randn(2, 5, 16)),
 }

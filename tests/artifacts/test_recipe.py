@@ -13,7 +13,7 @@ from raycompress.structure import analyze, slim
 
 
 def small_of(model, example, count=lambda n: n // 2):
-    structure = analyze(model, example)
+    structure = analyze(model, example, form="module")
     kept = {g.name: range(max(g.min_kept, count(g.num_channels))) for g in structure.groups}
     return slim(model, structure, kept).eval()
 
@@ -77,6 +77,15 @@ def test_attributes_follow_and_recurrent_weights_are_the_ones_used(tmp_path):
     with torch.no_grad():
         loaded.rnn.weight_hh_l0.zero_()
     assert not torch.equal(loaded(x), small(x))
+
+
+def test_a_bias_that_the_class_makes_without_is_added(tmp_path):
+    x = torch.randn(2, 3, 8, 8)
+    small = small_of(ConvNet().eval(), x)
+    small[0].bias = nn.Parameter(torch.rand(len(small[0].weight)))
+    save_recipe(small, tmp_path / "net.safetensors")
+    loaded = load_recipe(tmp_path / "net.safetensors", ConvNet()).eval()
+    assert torch.equal(loaded(x), small(x)) and isinstance(loaded[0].bias, nn.Parameter)
 
 
 def test_a_model_on_the_meta_device_costs_nothing(tmp_path):
