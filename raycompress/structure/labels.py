@@ -20,7 +20,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Conjunction", "Facets", "LabelSpace", "canonical", "move", "spread", "varying"]
+__all__ = [
+    "Conjunction",
+    "Facets",
+    "LabelSpace",
+    "apart",
+    "canonical",
+    "move",
+    "run_length",
+    "spread",
+    "varying",
+]
 
 Facets = list[Tensor]
 Ids = NDArray[np.int64]
@@ -70,6 +80,42 @@ def _distinct_rows(rows: Ids) -> tuple[Ids, Ids]:
     if not np.array_equal(rows[first[again]], rows):  # two rows with one sum
         _, first, again = np.unique(rows, axis=0, return_index=True, return_inverse=True)
     return first, again.reshape(-1)
+
+
+def apart(shape: Sequence[int], facets: Facets) -> tuple[tuple[int, ...], Facets]:
+    """The shape with two axes that were flattened into one dim as dims of their own.
+
+    Sizes are then products of what each axis keeps.
+    """
+    sizes = tuple(shape)
+    for dim in range(len(sizes) - 1, -1, -1):
+        here = [f for f in facets if varying(f) == (dim,)]
+        if len(here) != 2:
+            continue
+        lines = [f.reshape(-1) for f in here]
+        run = max(run_length(line) for line in lines)
+        if run == 1 or sizes[dim] % run:
+            continue
+        rows = [line.reshape(-1, run) for line in lines]
+        outer = [bool((r == r[:, :1]).all()) for r in rows]
+        inner = [bool((r == r[:1]).all()) for r in rows]
+        if not (outer[0] and inner[1]) and not (outer[1] and inner[0]):
+            continue
+        sizes = (*sizes[:dim], sizes[dim] // run, run, *sizes[dim + 1 :])
+        split = []
+        for f in facets:
+            cut = (1, 1) if f.shape[dim] == 1 else (-1, run)
+            whole = f.reshape(*f.shape[:dim], *cut, *f.shape[dim + 1 :])
+            small = canonical(whole)
+            split.append(whole if small is None else small)
+        facets = split
+    return sizes, facets
+
+
+def run_length(facet: Tensor) -> int:
+    """How long the first label is repeated: long for an outer axis."""
+    line = facet.reshape(-1)
+    return int((line == line[0]).long().cumprod(0).sum())
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from raycompress.structure.labels import Facets, LabelSpace, varying
+from raycompress.structure.labels import Facets, LabelSpace, run_length, varying
 
 __all__ = ["aligned", "merge", "reduce_over"]
 
@@ -119,7 +119,7 @@ def _matched(
             if twin is not None:
                 pairs.append((twin, g))
         if not pairs:
-            pairs = [(max(ours, key=_run_length), max(theirs, key=_run_length))]
+            pairs = [(max(ours, key=run_length), max(theirs, key=run_length))]
         matched |= {id(g): f for f, g in pairs}
         kept = {id(t) for pair in pairs for t in pair}
         for facet in [*ours, *theirs]:
@@ -131,12 +131,6 @@ def _matched(
         [g for g in right if id(g) not in gone],
         matched,
     )
-
-
-def _run_length(facet: Tensor) -> int:
-    """How long labels stay the same: long for an outer axis."""
-    line = facet.reshape(-1)
-    return int((line == line[0]).long().cumprod(0).sum())
 
 
 def _runs_alike(f: Tensor, g: Tensor) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from raycompress.structure.labels import Facets, LabelSpace, varying
+from raycompress.structure.labels import Facets, LabelSpace, apart, varying
 from raycompress.structure.leaves import Leaf, flat, leaves_of, mapped
 from raycompress.structure.model import QueryRows
 from raycompress.structure.quiet import quiet
@@ -207,7 +207,14 @@ class Trace:
 
     def multiply_adds(self, coefficient: int, shape: Sequence[int], facets: Facets) -> None:
         """Adds `coefficient * prod(shape)` multiply-adds of the running module."""
-        self.terms.append(Term("macs", self.module, coefficient, tuple(shape), tuple(facets)))
+        self.counts("macs", coefficient, shape, facets)
+
+    def counts(
+        self, kind: str, coefficient: int, shape: Sequence[int], facets: Sequence[Tensor]
+    ) -> None:
+        """Adds a term of the cost."""
+        sizes, axes = apart(shape, list(facets))
+        self.terms.append(Term(kind, self.module, coefficient, sizes, tuple(axes)))
 
     def saw(
         self, value: int, shape: Sequence[int], facets: Facets, dim: int, attribute: str = ""
@@ -313,9 +320,7 @@ class _Mode(TorchDispatchMode):
             return
         for t in outputs:
             if tracer.is_data(t):
-                facets = tuple(tracer.facets(t))
-                size = t.element_size()
-                tracer.terms.append(Term("bytes", tracer.module, size, tuple(t.shape), facets))
+                tracer.counts("bytes", t.element_size(), t.shape, tracer.facets(t))
 
 
 def _as_written(call: Call) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from pruned import half, masked, prune, randomised
 from torch import Tensor, nn
 
+from raycompress.artifacts.recipe import load_recipe, save_recipe
 from raycompress.structure import analyze, slim, verify
 from raycompress.structure.attention import SlimAttention
 
@@ -152,6 +154,16 @@ def test_slim_attention_travels_and_trains() -> None:
     for name in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias"):
         key = f"attention.{name}"
         assert not torch.equal(small.state_dict()[key], before[key])
+
+
+def test_slim_attention_loads_onto_the_stock_class(tmp_path: Path) -> None:
+    model = randomised(Around(False, batch_first=True))
+    structure = analyze(model, tokens(7), form="module")
+    small = slim(model, structure, {"embed": range(5, 24), "attention": [0, 1, 3]})
+    save_recipe(small, tmp_path / "slim.safetensors")
+    loaded = load_recipe(tmp_path / "slim.safetensors", Around(False, batch_first=True)).eval()
+    x = tokens(3)
+    torch.testing.assert_close(loaded(*x), small(*x), rtol=0, atol=0)
 
 
 def test_unbatched_slim_attention() -> None:
