@@ -30,7 +30,8 @@ CASES = {
         [("L1Filter", "L1Filtr")],
         "",
         [],
-        "FILE, line 4: pruners[0].type: no pruner 'L1Filtr'; did you mean 'L1Filter' or 'L2Filter'?",
+        "FILE, line 4: pruners[0].type: no pruner 'L1Filtr'; did you mean 'L1Filter' or "
+        "'L2Filter'?",
     ),
     "misspelt key": (
         [("budgets:", "budgetz:")],

@@ -4,8 +4,10 @@ from raycompress.criteria.activation import ActivationCriterion, APoZ, MeanActiv
 from raycompress.criteria.bn_scale import BNScale
 from raycompress.criteria.criterion import Criterion, channel_rows, parameter_name, ranking_of
 from raycompress.criteria.fpgm import GeometricMedian
+from raycompress.criteria.lamp import LAMP
 from raycompress.criteria.magnitude import L1, L2, Magnitude
 from raycompress.criteria.taylor import Taylor
+from raycompress.criteria.wanda import Wanda
 from raycompress.errors import ConfigError
 from raycompress.importing import resolve
 from raycompress.wording import near
@@ -14,6 +16,7 @@ __all__ = [
     "CRITERIA",
     "L1",
     "L2",
+    "LAMP",
     "APoZ",
     "ActivationCriterion",
     "BNScale",
@@ -22,6 +25,7 @@ __all__ = [
     "Magnitude",
     "MeanActivation",
     "Taylor",
+    "Wanda",
     "channel_rows",
     "criterion",
     "parameter_name",
@@ -38,6 +42,8 @@ CRITERIA: dict[str, Criterion] = {
     "taylor": Taylor(),
     "taylor_weight": Taylor(form="weight"),
     "bn_scale": BNScale(),
+    "lamp": LAMP(),
+    "wanda": Wanda(),
 }
 """Criteria by the names that jobs use."""
 

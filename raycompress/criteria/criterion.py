@@ -53,6 +53,9 @@ class Criterion(Collector):
                 f"got {self.combine!r}"
             )
 
+    def check(self, model: nn.Module, structure: Structure, names: Sequence[str]) -> None:
+        """Raises a ConfigError for what can't be scored; called before anything is collected."""
+
     def collect(self, probe: Probe) -> dict[str, Tensor]:
         """Statistics over calibration data; called on a replica if `needs_data`."""
         raise NotImplementedError(f"{type(self).__name__} needs data, and has no collect()")

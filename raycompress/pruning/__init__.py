@@ -3,9 +3,9 @@
 from raycompress.pruning.admm import ADMM
 from raycompress.pruning.agp import AGP
 from raycompress.pruning.filters import ActivationAPoZRank, ActivationMeanRank, TaylorFO
+from raycompress.pruning.fine_grained import LAMP, FineGrained, Level, Wanda
 from raycompress.pruning.fpgm import FPGM
 from raycompress.pruning.iterative import Iterative
-from raycompress.pruning.level import Level
 from raycompress.pruning.lottery_ticket import LotteryTicket
 from raycompress.pruning.movement import MovementPruning
 from raycompress.pruning.one_shot import L1Filter, L2Filter, OneShot
@@ -18,8 +18,10 @@ __all__ = [
     "ADMM",
     "AGP",
     "FPGM",
+    "LAMP",
     "ActivationAPoZRank",
     "ActivationMeanRank",
+    "FineGrained",
     "Iterative",
     "L1Filter",
     "L2Filter",
@@ -33,4 +35,5 @@ __all__ = [
     "Slim",
     "SoftFilter",
     "TaylorFO",
+    "Wanda",
 ]

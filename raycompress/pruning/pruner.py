@@ -81,6 +81,7 @@ class Problem:
         Raises:
             EvaluationError: Collecting failed.
         """
+        criterion.check(self.model, self.structure, names)
         parent = self.weights if weights is None else weights
         statistics: Mapping[str, Tensor] = {}
         if criterion.needs_data:

@@ -14,7 +14,7 @@ from raycompress.errors import BudgetError, ConfigError
 from raycompress.masks import num_kept
 from raycompress.pruning.pruner import Problem, allocator
 
-__all__ = ["Units", "check_sparsity", "plan_units"]
+__all__ = ["Units", "check_sparsity", "plan_units", "removable"]
 
 
 @dataclass(frozen=True)
@@ -160,6 +160,30 @@ def budget_sparsity(problem: Problem, pruner: str, prunable: int) -> float:
         ConfigError: The budget limits something else.
         BudgetError: It can't be met.
     """
+    layers = len(problem.layers())
+    sparsity = (removable(problem, pruner, prunable) + layers) / prunable  # one for each floor
+    if sparsity >= 1:
+        total = sum(parameter.numel() for parameter in problem.model.parameters())
+        least = total - prunable + layers
+        raise BudgetError(
+            f"budget {problem.budget} can't be reached: with one weight left in each of the "
+            f"{layers} targeted layers the model keeps params {100 * least / total:.3g}%"
+        )
+    return sparsity
+
+
+def removable(problem: Problem, pruner: str, prunable: int) -> int:
+    """How many single weights must go to meet a budget of parameters.
+
+    Args:
+        problem: Has the budget.
+        pruner: Its name, for messages.
+        prunable: Weights that may go.
+
+    Raises:
+        ConfigError: The budget limits something else.
+        BudgetError: It can't be met.
+    """
     budget = problem.budget
     assert budget is not None
     if [name for name, _ in budget.limits] != ["params"]:
@@ -169,12 +193,12 @@ def budget_sparsity(problem: Problem, pruner: str, prunable: int) -> float:
         )
     total = sum(parameter.numel() for parameter in problem.model.parameters())
     allowed = budget.limits[0][1].absolute(total)
-    layers = len(problem.layers())
-    sparsity = max(0.0, (total - allowed + layers) / prunable)  # one more for each floor
-    if sparsity >= 1:
-        least = total - prunable + layers
+    number = max(0, math.ceil(total - allowed))
+    if number > prunable - len(problem.layers()):
+        least = total - prunable + len(problem.layers())
         raise BudgetError(
             f"budget {budget} can't be reached: with one weight left in each of the "
-            f"{layers} targeted layers the model keeps params {100 * least / total:.3g}%"
+            f"{len(problem.layers())} targeted layers the model keeps params "
+            f"{100 * least / total:.3g}%"
         )
-    return sparsity
+    return number
