@@ -3,10 +3,8 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-import raycompress
-from raycompress.errors import ConfigError, TaskError
+from raycompress.errors import TaskError
 from raycompress.recalibration import recalibrate
-from raycompress.targets import Target, select_groups, select_layers
 from raycompress.task import check_task, split_indices
 from raycompress.testing import ToyNet, ToyTask
 
@@ -100,35 +98,3 @@ def test_recalibration_equals_the_average_over_batches():
     torch.testing.assert_close(norm.running_mean, means)
     torch.testing.assert_close(norm.running_var, variances)
     assert not norm.training and norm.momentum == 0.1
-
-
-def test_targets_as_nni_users_know_them():
-    model = ToyNet()
-    chosen = select_layers(
-        model,
-        [
-            Target(op_types=("Conv2d",), sparsity=0.5),
-            Target(op_names=("conv1",), sparsity=0.2),
-            Target(op_names=("conv3",), exclude=True),
-        ],
-    )
-    assert chosen == {"conv2": 0.5, "conv1": 0.2}
-    with pytest.raises(ConfigError, match=r"no layer 'conv9'; did you mean 'conv"):
-        select_layers(model, [Target(op_names=("conv9",))])
-    with pytest.raises(ConfigError, match="no layer of type 'Conv1d', only Conv2d, Linear"):
-        select_layers(model, [Target(op_types=("Conv1d",))])
-
-
-def test_coupled_layers_cant_disagree():
-    task = ToyTask()
-    model = task.build_model().eval()
-    structure = raycompress.analyze(model, task.example_inputs())
-    with pytest.raises(ConfigError, match="share their channels"):
-        select_groups(
-            model,
-            structure,
-            [
-                Target(op_names=("conv1",), sparsity=0.5),
-                Target(op_names=("conv2",), sparsity=0.25),
-            ],
-        )

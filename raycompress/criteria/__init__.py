@@ -2,7 +2,7 @@
 
 from raycompress.criteria.activation import ActivationCriterion, APoZ, MeanActivation
 from raycompress.criteria.bn_scale import BNScale
-from raycompress.criteria.criterion import Criterion, channel_rows, parameter_name, ranking_of
+from raycompress.criteria.criterion import Criterion, channel_rows, parameter_name
 from raycompress.criteria.fpgm import GeometricMedian
 from raycompress.criteria.lamp import LAMP
 from raycompress.criteria.magnitude import L1, L2, Magnitude
@@ -29,7 +29,6 @@ __all__ = [
     "channel_rows",
     "criterion",
     "parameter_name",
-    "ranking_of",
 ]
 
 CRITERIA: dict[str, Criterion] = {

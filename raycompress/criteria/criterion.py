@@ -1,11 +1,10 @@
-"""The criterion contract, and ranking, which is one for all criteria.
+"""The criterion contract.
 
 Shapes: C channels of a group, P entries that a channel owns in one parameter.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -15,11 +14,9 @@ from torch import Tensor, nn
 
 from raycompress.collect import Collector, Probe
 from raycompress.errors import ConfigError
-from raycompress.masks import prune_order
-from raycompress.search import Ranking
 from raycompress.structure import ChannelGroup, Member, Structure
 
-__all__ = ["Criterion", "channel_rows", "parameter_name", "ranking_of"]
+__all__ = ["Criterion", "channel_rows", "parameter_name"]
 
 Statistics = Mapping[str, Tensor]
 
@@ -104,7 +101,10 @@ class Criterion(Collector):
         names: Sequence[str],
         statistics: Statistics,
     ) -> dict[str, Tensor]:
-        """Scores by the keys of a ranking: group names, or parameter names for kind "weights"."""
+        """Scores by the keys of a ranking: group names, or parameter names for kind "weights".
+
+        Of channels the shape is (C,), of single weights that of the parameter.
+        """
         if self.kind == "weights":
             modules = dict(model.named_modules())
             found = {}
@@ -141,24 +141,3 @@ def channel_rows(parameter: Tensor, member: Member) -> Tensor:
     indices = torch.as_tensor(member.indices)
     rows = values.index_select(member.dim, indices.flatten()).movedim(member.dim, 0)
     return rows.reshape(len(indices), -1)
-
-
-def ranking_of(
-    kind: Literal["channels", "weights"],
-    scores: Mapping[str, Tensor],
-    removed: Mapping[str, Tensor],
-) -> Ranking:
-    """The order in which units go: what is removed already, then the lowest score, ties by index.
-
-    Args:
-        kind: Of the units.
-        scores: For each key, higher = keep.
-        removed: For some keys, a bool tensor: units that are gone already and stay gone.
-    """
-    orders = {}
-    for name, values in scores.items():
-        flat = values.flatten().double()
-        if name in removed:
-            flat = flat.masked_fill(removed[name].flatten(), -math.inf)
-        orders[name] = prune_order(flat)
-    return Ranking(kind, orders)

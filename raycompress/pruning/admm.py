@@ -83,8 +83,15 @@ class ADMM(Pruner):
     def search(self, problem: Problem) -> Search:
         """Yields one dense training an iteration, then the retraining of what is left."""
         ranks: Criterion = Magnitude() if self.units == "weights" else L2()
-        units = plan_units(problem, ranks, "ADMM", self.sparsity, self.round_to, self.min_kept)
-        counts = units.counts(1.0)
+        units = plan_units(
+            problem,
+            ranks,
+            "ADMM",
+            self.sparsity,
+            round_to=self.round_to,
+            min_kept=self.min_kept,
+        )
+        counts = units.final({})
         projection = Projection(problem, units, counts, ranks.kind)
         weights, rho = problem.weights, self.rho
         state = projection.of(problem.model.state_dict())

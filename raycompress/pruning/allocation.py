@@ -1,76 +1,55 @@
-"""From scores of channels to kept counts: one threshold over all groups."""
+"""One threshold over several keys' units: from scores to kept counts."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from raycompress.structure import ChannelGroup
-
-__all__ = ["below_budget", "globally", "order_of_removal"]
+__all__ = ["Competition", "below_budget"]
 
 
-def order_of_removal(scores: Mapping[str, Tensor], names: Sequence[str]) -> list[str]:
-    """Group of each channel in the order in which a falling threshold removes them.
+class Competition:
+    """Units of several keys, removed lowest score first, whosever they are.
 
-    Ties go by group, in the order of `names`, then by index; so the count is always exact.
-    """
-    flat = torch.cat([scores[name].flatten().double() for name in names])
-    owner = torch.cat([torch.full((scores[name].numel(),), i) for i, name in enumerate(names)])
-    return [names[i] for i in owner[torch.argsort(flat, stable=True)].tolist()]
-
-
-def globally(
-    order: Sequence[str],
-    groups: Mapping[str, ChannelGroup],
-    num_removed: int,
-    *,
-    round_to: int = 1,
-    min_kept: int = 1,
-) -> dict[str, int]:
-    """Kept counts after the first channels of a global order are removed.
-
-    A group that is down to its fewest channels is passed over, and the next channel in the order
-    goes in its place; so no layer dies, and the number removed is exact where that many can go.
-    Kept counts are rounded up to `round_to` at the end, which removes fewer.
+    Ties go by key, then by index, so that the count is always exact. Each key keeps its highest
+    scores up to its fewest units; the next in the order goes instead, so that no layer dies.
 
     Args:
-        order: Of `order_of_removal`.
-        groups: By name.
-        num_removed: How many channels go.
-        round_to: Kept counts are multiples of this, and of the group's own `multiple`.
-        min_kept: Never fewer in a group.
+        scores: For each key, higher = keep; -inf goes first.
+        least: Fewest units that each key keeps.
     """
-    counts = {name: group.num_channels for name, group in groups.items()}
-    least = {
-        name: min(max(min_kept, group.min_kept), group.num_channels)
-        for name, group in groups.items()
-    }
-    left = num_removed
-    for name in order:
-        if not left:
-            break
-        if counts[name] > least[name]:
-            counts[name] -= 1
-            left -= 1
-    return {name: _rounded(count, groups[name], round_to) for name, count in counts.items()}
 
+    def __init__(self, scores: Mapping[str, Tensor], least: Mapping[str, int]) -> None:
+        self.names = list(scores)
+        self._sizes = torch.tensor([scores[name].numel() for name in self.names])
+        parts = []
+        for name in self.names:
+            flat = scores[name].detach().cpu().flatten().double().clone()
+            safe = min(least[name], flat.numel())
+            flat[flat.argsort(stable=True)[flat.numel() - safe :]] = torch.inf
+            parts.append(flat)
+        flat = torch.cat(parts)
+        order = flat.argsort(stable=True)
+        self.most = int((flat != torch.inf).sum())
+        owner = torch.repeat_interleave(torch.arange(len(self.names)), self._sizes)
+        self._order = owner[order]
 
-def _rounded(count: int, group: ChannelGroup, round_to: int) -> int:
-    step = math.lcm(round_to, group.multiple)
-    return min(-(-count // step) * step, group.num_channels)
+    def counts(self, num_removed: int) -> dict[str, int]:
+        """Kept counts after this many are removed, or as many as can be."""
+        gone = self._order[: min(num_removed, self.most)]
+        left = self._sizes - torch.bincount(gone, minlength=len(self.names))
+        return dict(zip(self.names, left.tolist(), strict=True))
 
 
 def below_budget(
     counts: Callable[[int], dict[str, int]], most: int, meets: Callable[[dict[str, int]], bool]
 ) -> dict[str, int]:
-    """The counts with the fewest channels removed that meet a budget, by bisection.
+    """The counts with the fewest units removed that meet a budget, by bisection.
 
     Args:
-        counts: Kept counts for a number of removed channels; none grows with that number.
+        counts: Kept counts for a number of removed units; none grows with that number.
         most: The largest number that can be removed, which meets the budget.
         meets: Whether counts are within the budget.
     """

@@ -7,16 +7,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from raycompress.criteria import criterion, parameter_name
 from raycompress.errors import BudgetError, ConfigError
-from raycompress.masks import num_kept
-from raycompress.pruning.patterns import pattern_of
+from raycompress.pruning.allocation import Competition
+from raycompress.pruning.patterns import Pattern, pattern_of
 from raycompress.pruning.pruner import Problem, Pruner
 from raycompress.pruning.units import Units, check_sparsity, plan_units, removable
 from raycompress.search import Candidate, Search
+from raycompress.targets import POOL_KEYS
 
 __all__ = ["LAMP", "FineGrained", "Level", "Wanda"]
 
@@ -47,6 +47,8 @@ class FineGrained(Pruner):
     scope: Literal["layer", "global"] = "layer"
     pattern: str = ""
 
+    understands: ClassVar[tuple[str, ...]] = POOL_KEYS
+
     def __post_init__(self) -> None:
         name = type(self).__name__
         criterion(self.criterion, f"{name}.criterion", "weights")
@@ -68,13 +70,14 @@ class FineGrained(Pruner):
         ranks = criterion(self.criterion, f"{name}.criterion", "weights")
         pattern = pattern_of(self.pattern, f"{name}.pattern")
         own = self.sparsity if pattern.sparsity is None else pattern.sparsity
-        units = plan_units(problem, ranks, name, own)
-        if self.scope == "global":
-            self._check_global(problem, units)
-        elif pattern.kind == "n:m" and problem.budget is not None:
+        units = plan_units(problem, ranks, name, own, compete=self.scope == "global")
+        if self.pattern and any(units.pool.values()):
+            raise ConfigError(f"{name}: layers with pattern {self.pattern!r} can't compete")
+        if pattern.kind == "n:m" and problem.budget is not None:
             raise ConfigError(
-                f"{name}: pattern {self.pattern!r} fixes the sparsity, a budget can't"
+                f"{name}: pattern {self.pattern!r} fixes the sparsity, and leaves a budget nothing"
             )
+        needed = None if problem.budget is None else self._needed(problem, units)
         modules = dict(problem.model.named_modules())
         fitting = [n for n in units.names if pattern.fits(modules[n])]
         if not fitting:
@@ -86,85 +89,60 @@ class FineGrained(Pruner):
             logger.warning("pattern %s doesn't fit, left whole: %s", self.pattern, left)
         scores = yield from problem.scores(ranks, fitting)
         keys = {parameter_name(layer): modules[layer] for layer in fitting}
-        if self.scope == "global":
-            counts = globally(scores, self._num_removed(problem, units))
+        if self.scope == "global" and needed is not None:
+            counts = Competition(scores, units.least).counts(needed)
+        elif self.pattern:
+            counts = self._patterned(problem, units, pattern, keys, scores, needed)
+        elif needed is not None:
+            counts = self._within(problem, needed, lambda s: units.kept(_all(units, s), scores))
         else:
-
-            def kept(sparsity: Mapping[str, float]) -> dict[str, int]:
-                gone = {
-                    key: pattern.num_removed(module, scores[key], sparsity[key])
-                    for key, module in keys.items()
-                }
-                return {key: max(scores[key].numel() - gone[key], 1) for key in keys}
-
-            counts = kept(units.sparsity)
-            if problem.budget is not None:
-                counts = self._within(problem, units, kept)
+            counts = units.final(scores)
         arranged = {key: pattern.arrange(module, scores[key]) for key, module in keys.items()}
         winner: Candidate = problem.candidate(counts, problem.ranking("weights", arranged))
         return winner
 
-    def _within(
+    def _patterned(
         self,
         problem: Problem,
         units: Units,
-        kept: Callable[[Mapping[str, float]], dict[str, int]],
+        pattern: Pattern,
+        modules: Mapping[str, nn.Module],
+        scores: Mapping[str, Tensor],
+        needed: int | None,
     ) -> dict[str, int]:
-        """Counts at the lowest sparsity, one for all layers, that meets the budget."""
-        needed = self._num_removed(problem, units)
+        def kept(sparsity: Mapping[str, float]) -> dict[str, int]:
+            gone = {
+                key: pattern.num_removed(module, scores[key], sparsity[key])
+                for key, module in modules.items()
+            }
+            return {key: max(scores[key].numel() - number, 1) for key, number in gone.items()}
 
-        def at(sparsity: float) -> tuple[dict[str, int], bool]:
-            counts = kept(dict.fromkeys(units.sparsity, sparsity))
-            return counts, sum(units.num[key] - n for key, n in counts.items()) >= needed
+        if needed is None:
+            return kept(units.sparsity)
+        return self._within(problem, needed, lambda s: kept(_all(units, s)))
 
+    def _within(
+        self, problem: Problem, needed: int, kept: Callable[[float], dict[str, int]]
+    ) -> dict[str, int]:
+        """Counts at the lowest sparsity, one for all layers, at which enough are removed."""
+        whole = sum(kept(0.0).values())
         low, high = 0.0, 1.0
-        if not at(high)[1]:
+        if whole - sum(kept(high).values()) < needed:
             raise BudgetError(
                 f"budget {problem.budget} can't be reached with pattern {self.pattern!r}"
             )
         for _ in range(50):  # the number removed rises with the sparsity, in steps
             middle = (low + high) / 2
-            low, high = (low, middle) if at(middle)[1] else (middle, high)
-        return at(high)[0]
+            enough = whole - sum(kept(middle).values()) >= needed
+            low, high = (low, middle) if enough else (middle, high)
+        return kept(high)
 
-    def _check_global(self, problem: Problem, units: Units) -> None:
-        own = {key for key, s in units.sparsity.items() if s != self.sparsity}
-        if problem.budget is None and own:
-            raise ConfigError(
-                f"targets give {min(own)!r} a sparsity of its own, which "
-                f"{type(self).__name__}.scope 'global' is to find"
-            )
-
-    def _num_removed(self, problem: Problem, units: Units) -> int:
-        total = sum(units.num.values())
-        if problem.budget is not None:
-            return removable(problem, type(self).__name__, total)
-        assert self.sparsity is not None
-        return total - num_kept(total, self.sparsity)
+    def _needed(self, problem: Problem, units: Units) -> int:
+        return removable(problem, type(self).__name__, sum(units.num.values()))
 
 
-def globally(scores: Mapping[str, Tensor], num_removed: int) -> dict[str, int]:
-    """Kept counts after the lowest of all scores are removed; each layer keeps its highest.
-
-    Ties go by layer, then by index.
-
-    Args:
-        scores: Of each layer's weights.
-        num_removed: How many go, over all.
-    """
-    names = list(scores)
-    flat = torch.cat([scores[name].flatten().double() for name in names])
-    sizes = torch.tensor([scores[name].numel() for name in names])
-    owner = torch.repeat_interleave(torch.arange(len(names)), sizes)
-    start = 0
-    for size in sizes.tolist():
-        # As in a plain ascending order: of equal scores the last is removed last.
-        last = int(flat[start : start + size].argsort(stable=True)[-1])
-        flat[start + last] = torch.inf
-        start += size
-    gone = flat.argsort(stable=True)[: min(num_removed, len(flat) - len(names))]
-    left = sizes - torch.bincount(owner[gone], minlength=len(names))
-    return dict(zip(names, left.tolist(), strict=True))
+def _all(units: Units, sparsity: float) -> dict[str, float]:
+    return dict.fromkeys(units.sparsity, sparsity)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 from raycompress.criteria import criterion
 from raycompress.errors import ConfigError
 from raycompress.pruning.pruner import Problem, Pruner
 from raycompress.pruning.units import check_sparsity, plan_units
 from raycompress.search import Candidate, Search, Training
+from raycompress.targets import POOL_KEYS
 
 __all__ = ["Iterative"]
 
@@ -42,6 +43,8 @@ class Iterative(Pruner):
     round_to: int = 1
     min_kept: int = 1
 
+    understands: ClassVar[tuple[str, ...]] = POOL_KEYS
+
     def __post_init__(self) -> None:
         criterion(self.criterion, "Iterative.criterion")
         check_sparsity("Iterative", self.sparsity)
@@ -53,13 +56,21 @@ class Iterative(Pruner):
     def search(self, problem: Problem) -> Search:
         """Yields one candidate a round, which goes on from the last round's weights."""
         ranks = criterion(self.criterion, "Iterative.criterion")
-        units = plan_units(problem, ranks, "Iterative", self.sparsity, self.round_to, self.min_kept)
+        units = plan_units(
+            problem,
+            ranks,
+            "Iterative",
+            self.sparsity,
+            round_to=self.round_to,
+            min_kept=self.min_kept,
+        )
         weights = problem.weights
         winner = Candidate(weights)
         for number in range(1, self.rounds + 1):
             done = number / self.rounds
-            counts = units.counts(done) if self.schedule == "linear" else units.counts_kept(done)
-            ranking = yield from problem.rank(ranks, units.names, weights)
+            scores = yield from problem.scores(ranks, units.names, weights)
+            fall = units.share if self.schedule == "linear" else units.geometric
+            counts, ranking = fall(done, scores), problem.ranking(ranks.kind, scores)
             training = Training(self.epochs, self.lr, problem.seed + 1000 * number)
             asked = problem.candidate(counts, ranking, weights=weights, training=training)
             weights = (yield [asked])[0].trained()

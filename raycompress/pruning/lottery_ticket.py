@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from raycompress.errors import ConfigError
 from raycompress.pruning.pruner import Problem, Pruner
 from raycompress.pruning.units import check_sparsity, plan_units
 from raycompress.search import Candidate, Search, Training
+from raycompress.targets import POOL_KEYS, ROUND_KEYS
 from raycompress.weights import Weights
 
 __all__ = ["LotteryTicket"]
@@ -35,7 +37,7 @@ class LotteryTicket(Pruner):
         criterion: What goes first, on the trained weights: a name such as "level", or an import
             path.
         sparsity: Fraction removed after the last round, in [0, 1); targets override it.
-        rounds: Of pruning, at least 1.
+        rounds: Of pruning, at least 1; targets override it by `prune_iterations`.
         epochs: Of each round, above 0.
         rewind_steps: Survivors go back to the weights after this many steps of training; 0: to
             the very first.
@@ -50,6 +52,8 @@ class LotteryTicket(Pruner):
     rewind_steps: int = 0
     reinit: bool = False
     lr: float | None = None
+
+    understands: ClassVar[tuple[str, ...]] = (*POOL_KEYS, *ROUND_KEYS)
 
     def __post_init__(self) -> None:
         criterion(self.criterion, "LotteryTicket.criterion")
@@ -66,6 +70,12 @@ class LotteryTicket(Pruner):
         """Yields the dense run, then one candidate a round."""
         ranks = criterion(self.criterion, "LotteryTicket.criterion")
         units = plan_units(problem, ranks, "LotteryTicket", self.sparsity)
+        asked_rounds = {c.rounds for c in units.choices.values() if c.rounds is not None}
+        if len(asked_rounds) > 1:
+            raise ConfigError(
+                f"targets.prune_iterations must be the same everywhere, got {sorted(asked_rounds)}"
+            )
+        rounds = asked_rounds.pop() if asked_rounds else self.rounds
         if self.reinit:
             reinitialised(problem.model, problem.seed)  # what can't be reset is refused at once
         training = Training(self.epochs, self.lr, problem.seed)
@@ -75,10 +85,11 @@ class LotteryTicket(Pruner):
             start = (yield [Candidate(start, training=early)])[0].trained()
         trained = (yield [Candidate(start, training=training)])[0].trained()
         asked = Candidate(start)
-        for number in range(1, self.rounds + 1):
-            ranking = yield from problem.rank(ranks, units.names, trained)
-            counts = units.counts_kept(number / self.rounds)
-            if self.reinit and number == self.rounds:
+        for number in range(1, rounds + 1):
+            scores = yield from problem.scores(ranks, units.names, trained)
+            counts = units.geometric(number / rounds, scores)
+            ranking = problem.ranking(ranks.kind, scores)
+            if self.reinit and number == rounds:
                 start = problem.store.put(
                     Weights(reinitialised(problem.model, problem.seed).state_dict(), {})
                 )

@@ -90,7 +90,7 @@ class MovementPruning(Pruner):
         weights = trial.trained()
         extra = problem.store.get(weights).extra
         scores = {key: extra[f"{key}.score"] for key in units.num}
-        counts = units.counts(1.0)
+        counts = units.final(scores)
         if self.soft:
             counts = {key: max(int((s > self.threshold).sum()), 1) for key, s in scores.items()}
         ranking = problem.ranking("weights", scores)

@@ -5,17 +5,17 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from raycompress.criteria import L1, L2, Criterion, criterion
 from raycompress.errors import ConfigError
-from raycompress.masks import num_kept
-from raycompress.pruning.allocation import below_budget, globally, order_of_removal
+from raycompress.pruning.allocation import Competition, below_budget
 from raycompress.pruning.pruner import Problem, Pruner, allocator
-from raycompress.pruning.units import check_sparsity, plan_units
+from raycompress.pruning.units import Units, check_sparsity, plan_units
 from raycompress.search import Candidate, Search
+from raycompress.targets import POOL_KEYS
 
 __all__ = ["ChannelPruner", "L1Filter", "L2Filter", "OneShot"]
 
@@ -44,6 +44,8 @@ class ChannelPruner(Pruner):
     round_to: int = 1
     min_kept: int = 1
 
+    understands: ClassVar[tuple[str, ...]] = POOL_KEYS
+
     def __post_init__(self) -> None:
         name = type(self).__name__
         check_sparsity(name, self.sparsity)
@@ -59,49 +61,36 @@ class ChannelPruner(Pruner):
 
     def search(self, problem: Problem) -> Search:
         """Returns as soon as the channels are scored."""
-        targets = problem.groups()
-        chosen = self.scorer()
-        if self.scope == "global":
-            self._check_global(problem, targets)
-            scores = yield from problem.scores(chosen, list(targets))
-            counts = self._global(problem, scores)
-        else:
-            plan = plan_units(
-                problem, chosen, type(self).__name__, self.sparsity, self.round_to, self.min_kept
-            )
-            scores = yield from problem.scores(chosen, plan.names)
-            counts = plan.counts(1.0)
+        chosen, name = self.scorer(), type(self).__name__
+        units = plan_units(
+            problem,
+            chosen,
+            name,
+            self.sparsity,
+            compete=self.scope == "global",
+            round_to=self.round_to,
+            min_kept=self.min_kept,
+        )
+        contest = self.scope == "global" and problem.budget is not None
+        if contest:  # what can't be met is refused before anything is scored
+            allocator(problem, units.names, name, self.round_to, self.min_kept)
+        scores = yield from problem.scores(chosen, units.names)
+        counts = self._within(problem, units, scores) if contest else units.final(scores)
         winner: Candidate = problem.candidate(counts, problem.ranking(chosen.kind, scores))
         return winner
 
-    def _check_global(self, problem: Problem, targets: Mapping[str, float | None]) -> None:
+    def _within(
+        self, problem: Problem, units: Units, scores: Mapping[str, Tensor]
+    ) -> dict[str, int]:
+        """Counts with as few removed under one threshold as meets the budget."""
+        contest = Competition(scores, units.least)
         name = type(self).__name__
-        fixed = [group for group, sparsity in targets.items() if sparsity is not None]
-        if fixed:
-            raise ConfigError(
-                f"targets give {fixed[0]!r} a sparsity of its own, which {name}.scope 'global' "
-                "is to find"
-            )
-        if problem.budget is not None:
-            allocator(problem, list(targets), name, self.round_to, self.min_kept)
-        elif self.sparsity is None:
-            raise ConfigError(f"{name} needs a sparsity: give {name}.sparsity, or a budget")
-
-    def _global(self, problem: Problem, scores: Mapping[str, Tensor]) -> dict[str, int]:
-        groups = {name: problem.structure.group(name) for name in scores}
-        order = order_of_removal(scores, list(scores))
+        fit = allocator(problem, units.names, name, self.round_to, self.min_kept)
 
         def counts(num_removed: int) -> dict[str, int]:
-            return globally(
-                order, groups, num_removed, round_to=self.round_to, min_kept=self.min_kept
-            )
+            return units.rounded(contest.counts(num_removed))
 
-        if problem.budget is None:
-            assert self.sparsity is not None
-            return counts(len(order) - num_kept(len(order), self.sparsity))
-        name = type(self).__name__
-        fit = allocator(problem, list(scores), name, self.round_to, self.min_kept)
-        return below_budget(counts, len(order), fit.meets)
+        return below_budget(counts, contest.most, fit.meets)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import copy
+import math
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from raycompress.budget import Allocator, Budget, Pricing
-from raycompress.criteria import Criterion, ranking_of
+from raycompress.criteria import Criterion
 from raycompress.errors import ConfigError, EvaluationError
 from raycompress.executor import LocalExecutor
-from raycompress.masks import Masks
+from raycompress.masks import Masks, prune_order
 from raycompress.search import Candidate, Executor, Ranking, Search, Training, Trial, run_search
 from raycompress.structure import Structure, analyze, expand
-from raycompress.targets import Target, select_groups, select_layers
+from raycompress.targets import Choice, Target, not_understood, select_groups, select_layers
 from raycompress.task import Task
 from raycompress.weights import Weights, WeightStore
 
@@ -58,12 +59,12 @@ class Problem:
     latency: Pricing | None = None
     report: Callable[[Mapping[str, float]], None] = _ignore
 
-    def groups(self) -> dict[str, float | None]:
-        """Targeted channel groups, with the sparsity that targets ask for."""
+    def groups(self) -> dict[str, Choice]:
+        """Targeted channel groups, with what targets ask of each."""
         return select_groups(self.model, self.structure, self.targets)
 
-    def layers(self) -> dict[str, float | None]:
-        """Targeted layers, with the sparsity that targets ask for."""
+    def layers(self) -> dict[str, Choice]:
+        """Targeted layers, with what targets ask of each."""
         return select_layers(self.model, self.targets)
 
     def scores(
@@ -71,7 +72,8 @@ class Problem:
     ) -> Generator[Sequence[Candidate], list[Trial], dict[str, Tensor]]:
         """Scores groups (or, for single weights, layers): `yield from` it in a search.
 
-        A criterion that needs data has them collected on a replica.
+        A criterion that needs data has them collected on a replica. What is removed already in
+        the weights that are scored gets -inf, and so goes first.
 
         Args:
             criterion: Scores.
@@ -89,28 +91,27 @@ class Problem:
             if trial.weights is None:
                 raise EvaluationError(f"{type(criterion).__name__}: {trial.failure}")
             statistics = self.store.get(trial.weights).state
-        return criterion.scores(self.dense(parent), self.structure, names, statistics)
+        scores = criterion.scores(self.dense(parent), self.structure, names, statistics)
+        for key, gone in self._removed(criterion.kind, list(scores), parent).items():
+            scores[key] = scores[key].double().masked_fill(gone, -math.inf)
+        return scores
 
     def rank(
         self, criterion: Criterion, names: Sequence[str], weights: str | None = None
     ) -> Generator[Sequence[Candidate], list[Trial], Ranking]:
         """Ranks what `scores` scores and makes the ranking known: `yield from` it in a search."""
         scores = yield from self.scores(criterion, names, weights)
-        return self.ranking(criterion.kind, scores, weights)
+        return self.ranking(criterion.kind, scores)
 
     def ranking(
-        self,
-        kind: Literal["channels", "weights"],
-        scores: Mapping[str, Tensor],
-        weights: str | None = None,
+        self, kind: Literal["channels", "weights"], scores: Mapping[str, Tensor]
     ) -> Ranking:
-        """Ranks by scores and makes the ranking known; what is removed already goes first."""
-        parent = self.weights if weights is None else weights
-        ranking = ranking_of(kind, scores, self.removed(kind, list(scores), parent))
+        """Ranks by scores, ties by index, and makes the ranking known."""
+        ranking = Ranking(kind, {key: prune_order(values) for key, values in scores.items()})
         self.executor.publish(ranking)
         return ranking
 
-    def removed(
+    def _removed(
         self, kind: Literal["channels", "weights"], keys: Sequence[str], weights: str
     ) -> dict[str, Tensor]:
         """Units that are gone in some weights: bool tensors by the keys of a ranking."""
@@ -166,6 +167,9 @@ class Pruner(ABC):
     import path and needs no registration.
     """
 
+    understands: ClassVar[tuple[str, ...]] = ()
+    """Keys of targets that it honours beyond their sparsity; others are refused."""
+
     @abstractmethod
     def search(self, problem: Problem) -> Search:
         """A generator: yields candidates, is sent their trials, returns the winner."""
@@ -176,6 +180,7 @@ class Pruner(ABC):
         The default makes the search and throws it away before its first evaluation, which
         checks targets, sparsities and the budget.
         """
+        self.check_targets(problem.targets)
         search = self.search(problem)
         try:
             next(search)
@@ -183,6 +188,12 @@ class Pruner(ABC):
             pass
         finally:
             search.close()
+
+    def check_targets(self, targets: Sequence[Target]) -> None:
+        """Raises a ConfigError for keys of targets that this pruner wouldn't honour."""
+        key = not_understood(targets, self.understands)
+        if key:
+            raise ConfigError(f"targets.{key} is nothing that {type(self).__name__} can honour")
 
     def prune(
         self,

@@ -89,7 +89,7 @@ class SimulatedAnnealing(Pruner):
     def search(self, problem: Problem) -> Search:
         """Yields `neighbours` candidates a step (one more in the first)."""
         groups = problem.groups()
-        fixed = [name for name, sparsity in groups.items() if sparsity is not None]
+        fixed = [name for name, choice in groups.items() if choice.sparsity is not None]
         if fixed:
             raise ConfigError(
                 f"targets give {fixed[0]!r} a sparsity, which SimulatedAnnealing is to find"

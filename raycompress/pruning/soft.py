@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from raycompress.pruning.pruner import Problem, Pruner
 from raycompress.pruning.units import check_sparsity, plan_units
 from raycompress.search import Candidate, Search, Training
 from raycompress.structure import Structure
+from raycompress.targets import POOL_KEYS
 from raycompress.weights import Weights
 
 __all__ = ["SoftFilter", "zeroed"]
@@ -49,6 +51,8 @@ class SoftFilter(Pruner):
     round_to: int = 1
     min_kept: int = 1
 
+    understands: ClassVar[tuple[str, ...]] = POOL_KEYS
+
     def __post_init__(self) -> None:
         criterion(self.criterion, "SoftFilter.criterion", "channels")
         check_sparsity("SoftFilter", self.sparsity)
@@ -61,14 +65,19 @@ class SoftFilter(Pruner):
         """Yields one dense training for each interval; returns the last one's hard pruning."""
         ranks = criterion(self.criterion, "SoftFilter.criterion", "channels")
         units = plan_units(
-            problem, ranks, "SoftFilter", self.sparsity, self.round_to, self.min_kept
+            problem,
+            ranks,
+            "SoftFilter",
+            self.sparsity,
+            round_to=self.round_to,
+            min_kept=self.min_kept,
         )
-        counts = units.counts(1.0)
         weights = problem.weights
         for number in range(1, self.intervals + 1):
             training = Training(self.epochs, self.lr, problem.seed + 1000 * number)
             weights = (yield [Candidate(weights, training=training)])[0].trained()
-            ranking = yield from problem.rank(ranks, units.names, weights)
+            scores = yield from problem.scores(ranks, units.names, weights)
+            counts, ranking = units.final(scores), problem.ranking("channels", scores)
             if number < self.intervals:
                 state = problem.store.get(weights).state
                 cut = zeroed(state, problem.structure, ranking.kept(counts))

@@ -8,11 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
 
 from raycompress.criteria import Criterion, parameter_name
 from raycompress.errors import BudgetError, ConfigError
 from raycompress.masks import num_kept
+from raycompress.pruning.allocation import Competition
 from raycompress.pruning.pruner import Problem, allocator
+from raycompress.targets import Choice
 
 __all__ = ["Units", "check_sparsity", "plan_units", "removable"]
 
@@ -24,36 +29,66 @@ class Units:
     Attributes:
         names: Of groups or layers, as criteria take them.
         num: Units under each key.
-        sparsity: Final fraction removed under each key.
+        sparsity: Final fraction removed under each key; of a key in a pool, of the whole pool.
         step: Kept counts under a key are multiples of this.
-        min_kept: Fewest units under each key.
+        least: Fewest units under each key.
+        pool: Keys of one pool compete for its sparsity; "" competes with nobody.
+        choices: What targets ask, by key.
     """
 
     names: list[str]
     num: Mapping[str, int]
     sparsity: Mapping[str, float]
     step: Mapping[str, int]
-    min_kept: Mapping[str, int]
+    least: Mapping[str, int]
+    pool: Mapping[str, str]
+    choices: Mapping[str, Choice]
 
-    def counts(self, fraction: float) -> dict[str, int]:
-        """Kept counts with this fraction of each final sparsity; 1.0: exactly the final counts."""
-        return {key: self._count(key, self.sparsity[key] * fraction) for key in self.num}
+    def final(self, scores: Mapping[str, Tensor]) -> dict[str, int]:
+        """Kept counts in the end.
 
-    def between(self, initial: float, progress: float) -> dict[str, int]:
-        """Kept counts on the way from an initial sparsity (0.0) to each final one (1.0)."""
-        return {
-            key: self._count(key, final + (min(initial, final) - final) * (1 - progress))
-            for key, final in self.sparsity.items()
+        Args:
+            scores: By key; only units that compete are looked at.
+        """
+        return self.kept(self.sparsity, scores)
+
+    def share(self, fraction: float, scores: Mapping[str, Tensor]) -> dict[str, int]:
+        """Kept counts with this fraction of each final sparsity."""
+        return self.kept({key: s * fraction for key, s in self.sparsity.items()}, scores)
+
+    def geometric(self, fraction: float, scores: Mapping[str, Tensor]) -> dict[str, int]:
+        """Kept counts where the kept share is (1 - final sparsity) ** fraction."""
+        shares = {key: 1 - (1 - s) ** fraction for key, s in self.sparsity.items()}
+        return self.kept(shares, scores)
+
+    def kept(self, sparsity: Mapping[str, float], scores: Mapping[str, Tensor]) -> dict[str, int]:
+        """Kept counts at a sparsity for each key; keys of a pool have one.
+
+        Args:
+            sparsity: Fraction removed.
+            scores: By key; only units that compete are looked at.
+        """
+        counts = {
+            key: num_kept(num, sparsity[key], round_to=self.step[key], min_kept=self.least[key])
+            for key, num in self.num.items()
+            if not self.pool[key]
         }
+        for pool in sorted(set(self.pool.values()) - {""}):
+            keys = [key for key in self.num if self.pool[key] == pool]
+            total = sum(self.num[key] for key in keys)
+            contest = Competition(
+                {key: scores[key] for key in keys}, {key: self.least[key] for key in keys}
+            )
+            left = contest.counts(total - num_kept(total, sparsity[keys[0]]))
+            counts |= self.rounded(left)
+        return counts
 
-    def counts_kept(self, fraction: float) -> dict[str, int]:
-        """Kept counts if the kept share falls geometrically: (1 - final sparsity) ** fraction."""
-        return {key: self._count(key, 1 - (1 - self.sparsity[key]) ** fraction) for key in self.num}
-
-    def _count(self, key: str, sparsity: float) -> int:
-        return num_kept(
-            self.num[key], sparsity, round_to=self.step[key], min_kept=self.min_kept[key]
-        )
+    def rounded(self, counts: Mapping[str, int]) -> dict[str, int]:
+        """Kept counts rounded up to what they must be multiples of."""
+        return {
+            key: min(-(-count // self.step[key]) * self.step[key], self.num[key])
+            for key, count in counts.items()
+        }
 
 
 def plan_units(
@@ -61,6 +96,8 @@ def plan_units(
     criterion: Criterion,
     pruner: str,
     sparsity: float | None,
+    *,
+    compete: bool = False,
     round_to: int = 1,
     min_kept: int = 1,
 ) -> Units:
@@ -74,6 +111,8 @@ def plan_units(
         criterion: Its kind says what the units are.
         pruner: Its name, for messages.
         sparsity: The pruner's own; None: budget or targets must decide.
+        compete: All units are one pool. With a budget, their sparsity is left at 0: it is the
+            pruner that knows how far to go.
         round_to: Kept counts of channels are multiples of this.
         min_kept: Fewest channels of a group.
 
@@ -81,53 +120,62 @@ def plan_units(
         ConfigError: Nothing decides, or two things do.
         BudgetError: The budget can't be met.
     """
-    if criterion.kind == "weights":
-        return _weights(problem, pruner, sparsity)
-    targets = problem.groups()
-    groups = {name: problem.structure.group(name) for name in targets}
-    num = {name: group.num_channels for name, group in groups.items()}
-    if problem.budget is not None:
-        _undecided(targets)
-        fit = allocator(problem, list(targets), pruner, round_to, min_kept).fit
-        kept = fit(dict.fromkeys(targets, 1.0))
-        wanted = {name: 1 - kept[name] / num[name] for name in groups}
+    channels = criterion.kind == "channels"
+    choices = problem.groups() if channels else problem.layers()
+    if channels:
+        groups = {name: problem.structure.group(name) for name in choices}
+        num = {name: group.num_channels for name, group in groups.items()}
+        step = {name: math.lcm(round_to, group.multiple) for name, group in groups.items()}
+        least = {name: max(min_kept, group.min_kept) for name, group in groups.items()}
+        key_of = {name: name for name in choices}
     else:
-        wanted = {n: sparsity_of(pruner, n, sparsity, target) for n, target in targets.items()}
+        modules = dict(problem.model.named_modules())
+        num = {name: int(modules[name].weight.numel()) for name in choices}
+        step, least = dict.fromkeys(num, 1), dict.fromkeys(num, 1)
+        key_of = {name: parameter_name(name) for name in choices}
+    if problem.budget is not None or compete:
+        _undecided(choices, pruner, problem.budget is not None)
+    if compete:
+        if problem.budget is None and sparsity is None:
+            raise ConfigError(f"{pruner} needs a sparsity: give {pruner}.sparsity, or a budget")
+        wanted = dict.fromkeys(choices, sparsity if problem.budget is None else 0.0)
+    elif problem.budget is None:
+        wanted = {n: _sparsity_of(pruner, n, sparsity, c) for n, c in choices.items()}
+    elif channels:
+        fit = allocator(problem, list(choices), pruner, round_to, min_kept).fit
+        kept = fit(dict.fromkeys(choices, 1.0))
+        wanted = {name: 1 - kept[name] / num[name] for name in choices}
+    else:
+        wanted = dict.fromkeys(choices, budget_sparsity(problem, pruner, sum(num.values())))
+    for name, choice in choices.items():
+        capped = num[name] - int(num[name] * choice.max_sparsity + 1e-9)
+        least[name] = min(max(least[name], capped), num[name])
+
+    def keyed(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {key_of[name]: values[name] for name in choices}
+
     return Units(
-        names=list(targets),
-        num=num,
-        sparsity=wanted,
-        step={name: math.lcm(round_to, group.multiple) for name, group in groups.items()},
-        min_kept={name: max(min_kept, group.min_kept) for name, group in groups.items()},
+        names=list(choices),
+        num=keyed(num),
+        sparsity=keyed(wanted),
+        step=keyed(step),
+        least=keyed(least),
+        pool=keyed({name: "all" if compete else choice.pool for name, choice in choices.items()}),
+        choices=keyed(choices),
     )
 
 
-def _weights(problem: Problem, pruner: str, sparsity: float | None) -> Units:
-    layers = problem.layers()
-    modules = dict(problem.model.named_modules())
-    num = {name: int(modules[name].weight.numel()) for name in layers}
-    if problem.budget is not None:
-        _undecided(layers)
-        shared = budget_sparsity(problem, pruner, sum(num.values()))
-        wanted = dict.fromkeys(layers, shared)
-    else:
-        wanted = {n: sparsity_of(pruner, n, sparsity, target) for n, target in layers.items()}
-    keys = {name: parameter_name(name) for name in layers}
-    return Units(
-        names=list(layers),
-        num={keys[name]: num[name] for name in layers},
-        sparsity={keys[name]: wanted[name] for name in layers},
-        step=dict.fromkeys(keys.values(), 1),
-        min_kept=dict.fromkeys(keys.values(), 1),
-    )
-
-
-def _undecided(targets: Mapping[str, float | None]) -> None:
-    fixed = [name for name, sparsity in targets.items() if sparsity is not None]
-    if fixed:
+def _undecided(choices: Mapping[str, Choice], pruner: str, budget: bool) -> None:
+    fixed = [name for name, choice in choices.items() if choice.sparsity is not None]
+    if fixed and budget:
         raise ConfigError(
             f"targets give {fixed[0]!r} a sparsity, and the job has a budget: "
             "they can't both decide"
+        )
+    if fixed:
+        raise ConfigError(
+            f"targets give {fixed[0]!r} a sparsity of its own, which {pruner}.scope 'global' "
+            "is to find"
         )
 
 
@@ -137,9 +185,9 @@ def check_sparsity(pruner: str, sparsity: float | None, name: str = "sparsity") 
         raise ConfigError(f"{pruner}.{name} must be in [0, 1), got {sparsity:g}")
 
 
-def sparsity_of(pruner: str, name: str, own: float | None, target: float | None) -> float:
+def _sparsity_of(pruner: str, name: str, own: float | None, choice: Choice) -> float:
     """What a target asks for, else what the pruner does."""
-    sparsity = target if target is not None else own
+    sparsity = own if choice.sparsity is None else choice.sparsity
     if sparsity is None:
         raise ConfigError(
             f"{pruner} needs a sparsity for {name!r}: give {pruner}.sparsity, "

@@ -9,8 +9,8 @@ import torch
 from conftest import Given, probe_of, scores_of
 from torch import Tensor, nn
 
-from raycompress.criteria import CRITERIA, L1, L2, Criterion, GeometricMedian, Taylor, ranking_of
-from raycompress.masks import masked_copy
+from raycompress.criteria import CRITERIA, L1, L2, Criterion, GeometricMedian, Taylor
+from raycompress.masks import masked_copy, prune_order
 from raycompress.structure import slim, verify
 
 CHANNELS = {name: c for name, c in CRITERIA.items() if c.kind == "channels"}
@@ -75,7 +75,7 @@ def test_all_layer_types(layer, criterion, randomised):
     assert scores[name].shape == (group.num_channels,) and scores[name].isfinite().all()
     assert len(scores[name].unique()) > 1  # it tells channels apart
     # What is ranked can be removed.
-    order = ranking_of("channels", scores, {}).orders[name]
+    order = prune_order(scores[name])
     kept = {name: order[group.num_channels // 2 :].sort().values}
     masked = masked_copy(model, probe.structure.masks(kept))
     small = slim(model, probe.structure, kept)
@@ -171,8 +171,8 @@ def test_permuted_filters_have_permuted_masks(criterion, randomised):
     for name, order in orders.items():
         torch.testing.assert_close(moved[name], found[name][order], rtol=1e-9, atol=1e-12)
         half = len(order) // 2
-        gone = set(ranking_of("channels", found, {}).orders[name][:half].tolist())
-        there = ranking_of("channels", moved, {}).orders[name][:half]
+        gone = set(prune_order(found[name])[:half].tolist())
+        there = prune_order(moved[name])[:half]
         assert {int(order[i]) for i in there} == gone
 
 
@@ -186,7 +186,7 @@ def test_equal_channels_tie_exactly_and_go_by_index(criterion):
             layer.weight.fill_(0.25)
             layer.bias.fill_(0.5)
     scores = scores_of(criterion, probe_of(task_of(model, inputs_of("Conv2d").double()), 3))["0"]
-    order = ranking_of("channels", {"0": scores}, {}).orders["0"]
+    order = prune_order(scores)
     assert order.tolist() == list(range(8))
 
 

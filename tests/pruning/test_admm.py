@@ -34,7 +34,7 @@ def _projection(tmp_path, kind):
     problem, _ = toy_problem(str(tmp_path))
     criterion = Magnitude() if kind == "weights" else L2()
     units = plan_units(problem, criterion, "ADMM", 0.5)
-    counts = units.counts(1.0)
+    counts = units.final({})
     return problem, counts, Projection(problem, units, counts, kind)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import ClassVar
 
 import pytest
@@ -12,7 +13,9 @@ from hypothesis import strategies as st
 from raycompress.errors import ConfigError
 from raycompress.masks import num_kept
 from raycompress.pruning import AGP
+from raycompress.pruning.agp import Ramp
 from raycompress.search import run_search
+from raycompress.targets import config_list
 from raycompress.testing import PrunerContract, toy_problem
 
 
@@ -27,33 +30,68 @@ class TestChannels(PrunerContract):
 
 
 def test_cubic_by_hand():
-    agp = AGP(final_sparsity=0.8, start=2, end=6, frequency=1)
-    assert agp.times() == [2, 3, 4, 5, 6]
+    ramp = Ramp(initial=0.0, final=0.8, start=2, end=6, frequency=1, power=3)
+    assert ramp.times() == [2, 3, 4, 5, 6]
     # s = 0.8 * (1 - (1 - p) ** 3) at p = 0, 1/4, 1/2, 3/4, 1
     for time, expected in ((2, 0.0), (3, 0.4625), (4, 0.7), (5, 0.7875), (6, 0.8)):
-        assert 0.8 * agp.progress(time) == pytest.approx(expected, abs=1e-12)
-    assert agp.progress(0) == 0 and agp.progress(99) == 1  # clipped on both sides
-    linear = AGP(final_sparsity=0.8, start=2, end=6, shape="linear")
-    assert linear.progress(3) == 0.25
+        assert ramp.sparsity(time) == pytest.approx(expected, abs=1e-12)
+    assert ramp.sparsity(1) == 0 and ramp.sparsity(99) == 0.8  # clipped on both sides
+    assert ramp.sparsity(3.5) == ramp.sparsity(3)  # nothing goes between two prunings
+    linear = Ramp(initial=0.2, final=0.8, start=2, end=6, frequency=1, power=1)
+    assert linear.sparsity(3) == pytest.approx(0.35)
 
 
 @given(
     st.floats(0, 10), st.floats(0.1, 10), st.floats(0.05, 12), st.floats(0, 0.99), st.floats(0, 0.9)
 )
 def test_every_frequency_reaches_the_final_sparsity(start, span, frequency, final, initial):
-    agp = AGP(
-        final_sparsity=max(final, initial),
-        initial_sparsity=initial,
-        start=start,
-        end=start + span,
-        frequency=frequency,
-    )
-    times = agp.times()
+    final = max(final, initial)
+    ramp = Ramp(initial, final, start, start + span, frequency, 3)
+    times = ramp.times()
     assert times[0] == start and times[-1] == start + span
     assert all(a < b for a, b in itertools.pairwise(times))
-    progress = [agp.progress(t) for t in times]
-    assert progress[-1] == 1 and all(0 <= p <= 1 for p in progress)
-    assert progress == sorted(progress)
+    reached = [ramp.sparsity(t) for t in times]
+    assert reached[-1] == final and all(0 <= s <= final + 1e-12 for s in reached)
+    assert reached == sorted(reached)
+
+
+def test_layers_with_schedules_of_their_own(tmp_path):
+    problem, executor = toy_problem(str(tmp_path))
+    targets = config_list(
+        [
+            {
+                "op_types": ["Conv2d"],
+                "initial_sparsity": 0.2,
+                "final_sparsity": 0.5,
+                "start_epoch": 0,
+                "end_epoch": 2,
+                "frequency": 2,
+            },
+            {
+                "op_names": ["fc"],
+                "final_sparsity": 0.6,
+                "start_epoch": 1,
+                "end_epoch": 3,
+                "frequency": 1,
+            },
+        ]
+    )
+    steps = []
+    pruner = AGP(shape="linear", end=3, total=3)
+    run_search(
+        pruner.search(replace(problem, targets=targets)),
+        executor,
+        lambda _, trials: steps.extend(trials),
+    )
+    # Pruned at 0 and 2 (convolutions) and at 1, 2 and 3 (the linear layer).
+    kept = [t.candidate.counts for t in steps]
+    conv, fc = 16 * 8 * 9, 3 * 16
+    expected = [(0.2, 0.0), (0.2, 0.0), (0.5, 0.3), (0.5, 0.6)]
+    assert len(kept) == 4
+    for counts, (conv_sparsity, fc_sparsity) in zip(kept, expected, strict=True):
+        assert counts.get("conv3.weight", conv) == num_kept(conv, conv_sparsity)
+        assert counts.get("fc.weight", fc) == num_kept(fc, fc_sparsity)
+    assert [t.candidate.training.epochs for t in steps] == [1, 1, 1, 0]
 
 
 def _run(tmp_path, pruner, budget=None):

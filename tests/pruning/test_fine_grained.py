@@ -19,7 +19,6 @@ from raycompress.criteria import Wanda as WandaScores
 from raycompress.errors import BudgetError, ConfigError
 from raycompress.masks import prune_order
 from raycompress.pruning import LAMP, FineGrained, Level, Wanda
-from raycompress.pruning.fine_grained import globally
 from raycompress.pruning.patterns import pattern_of
 from raycompress.search import run_search
 from raycompress.structure import analyze
@@ -155,24 +154,6 @@ def test_rows_lose_the_same_number(sparsity, outputs, inputs):
     for row, kept in zip(scores, mask.view(outputs, inputs), strict=True):
         if kept.any() and not kept.all():
             assert row[kept].min() >= row[~kept].max()
-
-
-@given(
-    st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=6), min_size=1, max_size=4),
-    st.integers(0, 30),
-)
-def test_global_threshold_against_brute_force(layers, removed):
-    scores = {str(i): torch.tensor(values) for i, values in enumerate(layers)}
-    counts = globally(scores, removed)
-    total = sum(map(len, layers))
-    assert sum(counts.values()) == total - min(removed, total - len(layers))
-    assert min(counts.values()) >= 1
-    # One weight at a time, lowest first, never a layer's last.
-    left = {name: sorted(values.tolist()) for name, values in scores.items()}
-    for _ in range(total - sum(counts.values())):
-        name = min((n for n in left if len(left[n]) > 1), key=lambda n: (left[n][0], n))
-        left[name].pop(0)
-    assert {name: len(values) for name, values in left.items()} == counts
 
 
 def test_lamp_by_hand():

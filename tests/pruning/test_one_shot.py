@@ -15,10 +15,9 @@ from torch import Tensor
 from raycompress.criteria import Criterion
 from raycompress.errors import ConfigError
 from raycompress.pruning import L1Filter, L2Filter, OneShot
-from raycompress.pruning.allocation import below_budget, globally, order_of_removal
+from raycompress.pruning.allocation import Competition, below_budget
 from raycompress.search import run_search
-from raycompress.structure import ChannelGroup
-from raycompress.targets import Target
+from raycompress.targets import Target, config_list
 from raycompress.testing import PrunerContract, ToyTask, toy_problem
 
 
@@ -59,46 +58,51 @@ def test_own_criterion_decides():
     assert rows.tolist() == [True] * 8 + [False] * 8
 
 
-def _groups(sizes: dict[str, int], min_kept: int = 1, multiple: int = 1) -> dict[str, ChannelGroup]:
-    return {
-        name: ChannelGroup(name, size, (), (), (), min_kept=min_kept, multiple=multiple)
-        for name, size in sizes.items()
-    }
-
-
 def test_one_threshold_over_all_groups():
     scores = {"a": torch.tensor([5.0, 1.0, 3.0]), "b": torch.tensor([2.0, 2.0, 9.0, 1.0])}
-    order = order_of_removal(scores, ["a", "b"])
-    assert order == ["a", "b", "b", "b", "a", "a", "b"]  # 1, 1, 2, 2, 3, 5, 9
-    groups = _groups({"a": 3, "b": 4})
-    assert globally(order, groups, 4) == {"a": 2, "b": 1}
-    # b is at its fewest: the next go from a, and the number removed is exact.
-    assert globally(order, groups, 5) == {"a": 1, "b": 1}
-    assert globally(order, groups, 99) == {"a": 1, "b": 1}
-    assert globally(order, groups, 4, min_kept=2) == {"a": 2, "b": 2}
-    assert globally(order, groups, 4, round_to=2) == {"a": 2, "b": 2}
+    contest = Competition(scores, {"a": 1, "b": 1})
+    # In order: 1 (a), 1 (b), 2 (b), 2 (b), 3 (a); 5 and 9 are the last of theirs.
+    assert contest.counts(4) == {"a": 2, "b": 1}
+    assert contest.counts(1) == {"a": 2, "b": 4}
+    assert contest.counts(99) == {"a": 1, "b": 1} and contest.most == 5
+    # With two of each safe, the next in the order goes instead.
+    assert Competition(scores, {"a": 2, "b": 2}).counts(99) == {"a": 2, "b": 2}
+    assert scores["a"].tolist() == [5.0, 1.0, 3.0]
 
 
 @given(
-    st.dictionaries(st.sampled_from("abcd"), st.integers(1, 12), min_size=1),
-    st.floats(0, 0.99),
-    st.integers(1, 4),
-    st.integers(0, 99),
+    st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=6), min_size=1, max_size=4),
+    st.integers(0, 30),
+    st.integers(1, 3),
 )
-def test_global_counts_are_exact_and_nested(sizes, sparsity, min_kept, seed):
-    generator = torch.Generator().manual_seed(seed)
-    # Few values: ties everywhere.
-    scores = {n: torch.randint(3, (s,), generator=generator) for n, s in sizes.items()}
-    order = order_of_removal(scores, list(sizes))
-    groups = _groups(sizes)
-    total = sum(sizes.values())
-    removed = math.floor(total * sparsity)
-    counts = globally(order, groups, removed, min_kept=min_kept)
-    most = sum(max(0, s - min_kept) for s in sizes.values())
+def test_competition_against_brute_force(layers, removed, least):
+    scores = {str(i): torch.tensor(values) for i, values in enumerate(layers)}
+    counts = Competition(scores, dict.fromkeys(scores, least)).counts(removed)
+    total = sum(map(len, layers))
+    most = sum(max(0, len(values) - least) for values in layers)
     assert total - sum(counts.values()) == min(removed, most)
-    assert all(counts[n] >= min(min_kept, sizes[n]) for n in sizes)
-    fewer = globally(order, groups, removed + 1, min_kept=min_kept)
-    assert all(fewer[n] <= counts[n] for n in sizes)
+    # One unit at a time, the lowest first, never a layer's last ones.
+    left = {name: sorted(values.tolist()) for name, values in scores.items()}
+    for _ in range(total - sum(counts.values())):
+        name = min((n for n in left if len(left[n]) > least), key=lambda n: (left[n][0], n))
+        left[name].pop(0)
+    assert {name: len(values) for name, values in left.items()} == counts
+
+
+def test_entries_that_compete(tmp_path):
+    problem, executor = toy_problem(str(tmp_path))
+    targets = config_list(
+        [
+            {"op_names": ["conv1", "conv3"], "total_sparsity": 0.5, "max_sparsity_per_layer": 0.6},
+        ]
+    )
+    pruner = OneShot(criterion="test_one_shot:Raw")
+    with torch.no_grad():
+        problem.model.get_parameter("conv1.weight").mul_(1e-3)  # all of the group would go
+        problem.model.get_parameter("conv2.weight").mul_(1e-3)
+    winner = run_search(pruner.search(replace(problem, targets=targets)), executor)
+    # 12 of 24 go: at most floor(0.6 * 8) = 4 of the first, so 8 of the other.
+    assert winner.counts == {"conv1": 4, "conv3": 8}
 
 
 @given(st.integers(0, 50), st.integers(0, 50))
@@ -141,6 +145,19 @@ class Raw(Criterion):
             "a sparsity of its own",
         ),
         (L1Filter(), (), "L1Filter needs a sparsity for"),
+        (
+            L1Filter(sparsity=0.5),
+            (Target(op_types=("Conv2d",), frequency=2),),
+            "targets.frequency is nothing that L1Filter can honour",
+        ),
+        (
+            L1Filter(),
+            (
+                Target(op_names=("conv1",), total_sparsity=0.5, global_group_id="x"),
+                Target(op_names=("conv3",), total_sparsity=0.3, global_group_id="x"),
+            ),
+            "global_group_id x ask for total sparsities 0.5 and 0.3",
+        ),
     ],
 )
 def test_contradictions_are_refused_before_anything_runs(tmp_path, pruner, targets, message):
