@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -18,7 +19,6 @@ from torch.fx import GraphModule
 import raycompress
 from raycompress.artifacts.export import Saved, first_line
 from raycompress.errors import ArtifactError
-from raycompress.structure.attention import fit_attention
 
 __all__ = ["load_recipe", "save_recipe"]
 
@@ -102,18 +102,23 @@ def load_recipe(path: str | Path, model: nn.Module) -> nn.Module:
         if same not in tensors:
             raise ArtifactError(f"{path}: {name!r} is tied to {same!r}, which it lacks")
         tensors[name] = tensors[same]
-    own = _tensors(model)
+    # A layer made without a bias may have got one (`fold_constants`).
+    own: dict[str, Tensor | None] = {**dict.fromkeys(_left_out(model)), **_tensors(model)}
     _check(path, model, recipe, tensors, own)
 
     frozen = set(recipe["frozen"])
+    devices = [t.device for t in own.values() if t is not None and t.device.type != "meta"]
     made: dict[int, Tensor] = {}
     for name, tensor in tensors.items():
         if name not in own:
             continue
         if id(tensor) not in made:
-            device = own[name].device
-            new = tensor.to("cpu" if device.type == "meta" else device)
-            if isinstance(own[name], nn.Parameter):
+            old = own[name]
+            device = devices[0] if old is None and devices else torch.device("cpu")
+            if old is not None and old.device.type != "meta":
+                device = old.device
+            new = tensor.to(device)
+            if old is None or isinstance(old, nn.Parameter):
                 new = nn.Parameter(new, requires_grad=name not in frozen)
             made[id(tensor)] = new
         place, _, attribute = name.rpartition(".")
@@ -121,7 +126,11 @@ def load_recipe(path: str | Path, model: nn.Module) -> nn.Module:
     for place, module in model.named_modules():
         for name, value in recipe["numbers"].get(place, {}).items():
             _set_number(module, name, value)
-    fit_attention(model)
+    if any(type(module) is nn.MultiheadAttention for module in model.modules()):
+        # Imported here since it comes with all of the analysis, which no other model needs.
+        from raycompress.structure.attention import fit_attention
+
+        fit_attention(model)
     # Modules that cache what they computed of their tensors drop it when their mode changes.
     modes = {module: module.training for module in model.modules()}
     model.train().eval()
@@ -135,6 +144,14 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
     }
+
+
+def _left_out(model: nn.Module) -> Iterator[str]:
+    """Parameters that a module could have, such as a bias, but has not."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        for parameter, value in module._parameters.items():
+            if value is None:
+                yield f"{name}.{parameter}" if name else parameter
 
 
 def _not_persistent(model: nn.Module) -> Iterator[str]:
@@ -189,7 +206,7 @@ def _check(
     model: nn.Module,
     recipe: dict[str, Any],
     tensors: dict[str, Tensor],
-    own: dict[str, Tensor],
+    own: dict[str, Tensor | None],
 ) -> None:
     """Whether the recipe fits the instance, before anything of it is changed."""
     kind = type(model).__name__
@@ -197,7 +214,7 @@ def _check(
         raise ArtifactError(f"{path} was saved from a {recipe['model']}, not from a {kind}")
     passing = {*recipe["not_persistent"], *_not_persistent(model)}
     lacking = [n for n in tensors if n not in own and n not in passing]
-    extra = [n for n in own if n not in tensors and n not in passing]
+    extra = [n for n, t in own.items() if t is not None and n not in passing and n not in tensors]
     for names, text in ((lacking, "holds {}, which the model lacks"), (extra, "lacks {}")):
         if names:
             listed = ", ".join(repr(n) for n in names[:5]) + (", ..." if len(names) > 5 else "")
@@ -205,9 +222,10 @@ def _check(
                 f"{path} {text.format(listed)}: was the {kind} made with the same arguments?"
             )
     for name, tensor in tensors.items():
-        if name in passing:
+        old = own.get(name)
+        if name in passing or old is None:
             continue
-        large = tuple(own[name].shape)
+        large = tuple(old.shape)
         shape = tuple(tensor.shape)
         fits = len(shape) == len(large) and all(map(operator.le, shape, large))
         if not fits:
