@@ -47,7 +47,8 @@ class Completion:
         masks: parameter name -> bool tensor, True = keep.
         kept: group name -> kept channel indices.
         changes: groups whose masks had to change.
-        dropped: parameters whose masks remove something that stays in any case, with the reason.
+        dropped: parameters whose masks remove something that stays and that no layer's `asked`
+            tells of, with the reason.
     """
 
     masks: dict[str, Tensor]
@@ -202,9 +203,9 @@ def complete(
     given = checked(structure, masks)
     kept: dict[str, Tensor] = {}
     changes: list[Change] = []
-    used: set[str] = set()
+    told: dict[str, NDArray[np.bool_]] = {}  # what of each mask stands in `asked`
     for group in structure.groups:
-        asked = _asked(group, given, used)
+        asked = _asked(group, given, told)
         if not any(a.any() for a in asked.values()):
             continue
         votes = np.stack(list(asked.values()))
@@ -226,24 +227,33 @@ def complete(
     complete_masks = structure.masks(kept)
     dropped = {}
     for name, mask in given.items():
-        final = complete_masks.get(name)
-        if name in used or (mask | (~final.numpy() if final is not None else False)).all():
-            continue
-        dropped[name] = next(
-            (
-                f.reason
-                for f in structure.frozen
-                if f.parameter == name and lines_gone(mask, f.dim).any()
-            ),
-            "removes no whole output channel",
-        )
+        zeros = np.logical_not(mask)
+        if name in complete_masks:
+            zeros &= complete_masks[name].numpy()
+        if name in told:
+            zeros &= ~told[name]
+        if zeros.any():
+            dropped[name] = _why_dropped(structure, name, mask, int(zeros.sum()), name in told)
     return Completion(complete_masks, kept, tuple(changes), dropped)
 
 
+def _why_dropped(
+    structure: Structure, name: str, mask: NDArray[np.bool_], zeros: int, partly: bool
+) -> str:
+    for f in structure.frozen:
+        if f.parameter == name and lines_gone(mask, f.dim).any():
+            return f.reason
+    if partly:
+        return f"{zeros} zeros outside the channels that it removes whole"
+    return "removes no output channel that goes"
+
+
 def _asked(
-    group: ChannelGroup, given: Mapping[str, NDArray[np.bool_]], used: set[str]
+    group: ChannelGroup,
+    given: Mapping[str, NDArray[np.bool_]],
+    told: dict[str, NDArray[np.bool_]],
 ) -> dict[str, NDArray[np.bool_]]:
-    """For each producing layer, the channels that its masks remove."""
+    """For each producing layer, the channels that its masks remove; marks their entries as told."""
     asked: dict[str, NDArray[np.bool_]] = {}
     for m in group.members:
         if m.role != "producer":
@@ -251,8 +261,10 @@ def _asked(
         layer = m.parameter.rpartition(".")[0] or m.parameter
         asked.setdefault(layer, np.zeros(group.num_channels, dtype=np.bool_))
         if m.parameter in given:
-            gone = _by_member(m, lines_gone(given[m.parameter], m.dim))
+            mask = given[m.parameter]
+            gone = _by_member(m, lines_gone(mask, m.dim))
             if gone.any():
-                used.add(m.parameter)
+                entries = told.setdefault(m.parameter, np.zeros(mask.shape, dtype=np.bool_))
+                np.moveaxis(entries, m.dim, 0)[m.indices[gone].ravel()] = True
             asked[layer] |= gone
     return asked

@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from architectures import Residual, Shared
+from architectures import Residual, Shared, Transformer
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -111,9 +111,30 @@ def test_what_asks_for_nothing_is_dropped_with_the_reason() -> None:
     )
     assert done.masks == {} and done.changes == ()
     assert done.dropped == {
-        "a.0.weight": "removes no whole output channel",
-        "a.1.weight": "removes no whole output channel",
+        "a.0.weight": "removes no output channel that goes",
+        "a.1.weight": "removes no output channel that goes",
         "head.weight": "reaches the model's output",
+    }
+
+
+def test_zeros_outside_whole_channels_are_told() -> None:
+    structure = analyze(Residual(), EXAMPLE)
+    mask = rows((6, 8, 3, 3), [2])
+    mask[4, :7] = False  # one kernel short of a whole channel
+    done = structure.complete({"a.0.weight": mask})
+    assert done.kept["a.0"].tolist() == [0, 1, 3, 4, 5]
+    assert done.dropped == {"a.0.weight": "63 zeros outside the channels that it removes whole"}
+
+
+def test_half_a_head_is_not_a_head() -> None:
+    structure = analyze(Transformer(), EXAMPLE)
+    (group,) = (g for g in structure.groups if "attention.qkv" in g.producers)
+    member = next(m for m in group.members if m.parameter == "attention.qkv.weight")
+    mask = rows((48, 16), [*member.indices[1], *member.indices[2][:5]])
+    done = structure.complete({"attention.qkv.weight": mask})
+    assert done.kept[group.name].tolist() == [0, 2, 3]
+    assert done.dropped == {
+        "attention.qkv.weight": f"{5 * 16} zeros outside the channels that it removes whole"
     }
 
 
