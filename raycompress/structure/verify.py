@@ -59,8 +59,8 @@ def verify(
 
     Outputs count as equal within 1e-8 of their scale in float64, 1e-4 in float32 and 2e-2 in
     shorter types. What hardly shows in the outputs isn't seen: behind a layer scale of 1e-6 a
-    mistake is smaller than float32's tolerance, and behind a gain of zero it is nothing. Use
-    `dtype=torch.float64`, and inputs to which the model's answers differ.
+    mistake is smaller than float32's tolerance; behind a gain of zero, or in units that none of
+    the inputs wakes, it is nothing. Use `dtype=torch.float64`, and several inputs.
 
     Args:
         masked: the dense model with zeros in place of what was removed.
