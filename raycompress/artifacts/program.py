@@ -8,9 +8,10 @@ So each text must be of the kind that stands in its place, whatever wrote it.
 from __future__ import annotations
 
 import ast
+import json
 import operator
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -51,7 +52,8 @@ _NODES = (
 )
 
 _WORD = re.compile(r"\w*")
-_PATH = re.compile(r"[\w.\-:/+@$ ]*")  # of a module, parameter or type: any but quotes and brackets
+# Of a module, parameter or type: no quotes, no brackets, no way into Python's own attributes.
+_PATH = re.compile(r"(?!__|.*\.__)[\w.\-:/+@$ ]*")
 _NUMBER = re.compile(r"-?(Infinity|inf|NaN|nan)|\w*")
 _TEXT = re.compile(r"[\w.\-/ ]*")
 
@@ -172,4 +174,20 @@ def _is_arithmetic(text: str) -> bool:
 
 def _imports_nothing(spec: str) -> bool:
     # An "__enum__" in the description of inputs makes torch import the module that it names.
-    return "__enum__" not in spec and "\\u" not in spec
+    return not any("__enum__" in text for text in _texts(spec))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in JSON, also in JSON that is a text in it."""
+    if isinstance(value, str):
+        yield value
+        try:
+            yield from _texts(json.loads(value))
+        except ValueError:
+            return
+    elif isinstance(value, dict):
+        yield from value
+        value = list(value.values())
+    if isinstance(value, list):
+        for entry in value:
+            yield from _texts(entry)

@@ -74,7 +74,7 @@ def save_pt2(
                 for key, value in tree_leaves_with_path((inputs.args, inputs.kwargs))
                 if isinstance(value, Tensor)
             ],
-            "kept": dict(kept or {}),
+            "kept": {name: int(count) for name, count in (kept or {}).items()},
         }
     )
     namespaces = namespaces_of(program)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 from torch.fx import GraphModule
 
 import raycompress
@@ -59,7 +59,7 @@ def save_recipe(
         "frozen": [n for n, p in model.named_parameters() if not p.requires_grad],
         "not_persistent": [n for n in _not_persistent(model) if n in tensors or n in tied],
         "numbers": {n: found for n, m in model.named_modules() if (found := dict(_numbers(m)))},
-        "kept": dict(kept or {}),
+        "kept": {name: int(count) for name, count in (kept or {}).items()},
     }
     partial = path.with_name(f"{path.name}.partial")
     try:
@@ -162,7 +162,8 @@ def _not_persistent(model: nn.Module) -> Iterator[str]:
 
 def _numbers(module: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, value in vars(module).items():
-        if _is_number(value) or (isinstance(value, tuple | list) and all(map(_is_number, value))):
+        several = type(value) in (tuple, list, Size) and all(map(_is_number, value))
+        if several or _is_number(value):
             yield name, value
 
 
@@ -194,6 +195,9 @@ def _recipe(path: Path, text: str | None) -> dict[str, Any]:
         kinds = {"tied": dict, "frozen": list, "not_persistent": list, "numbers": dict}
         if not all(isinstance(recipe[key], kind) for key, kind in kinds.items()):
             raise TypeError(f"{', '.join(kinds)} are of other types")
+        names = (recipe["model"], *recipe["tied"].values(), *recipe["frozen"])
+        if not all(isinstance(name, str) for name in (*names, *recipe["not_persistent"])):
+            raise TypeError("names are no texts")
         if not all(isinstance(found, dict) for found in recipe["numbers"].values()):
             raise TypeError("numbers aren't those of modules")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -228,6 +232,8 @@ def _check(
         large = tuple(old.shape)
         shape = tuple(tensor.shape)
         fits = len(shape) == len(large) and all(map(operator.le, shape, large))
+        if tensor.is_floating_point() != old.is_floating_point():
+            raise ArtifactError(f"{path}: {name!r} has dtype {tensor.dtype}, not {old.dtype}")
         if not fits:
             raise ArtifactError(
                 f"{path}: {name!r} has shape {shape}, which is no part of the model's {large}: "

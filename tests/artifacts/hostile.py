@@ -70,6 +70,12 @@ def edited(content: bytes, edit) -> bytes:
     return json.dumps(value).encode()
 
 
+# torch imports the module of an enum that describes the inputs.
+ENUM = (
+    '[1, {"type": "builtins.dict", "context": "[{\\"__enum__\\": true, '
+    '\\"fqn\\": \\"evil_enum:E\\", \\"name\\": \\"A\\"}]", '
+    '"children_spec": [{"type": null, "context": null, "children_spec": []}]}]'
+)
 WEIGHTS = "data/weights/model_weights_config.json"
 CONSTANTS = "data/constants/model_constants_config.json"
 MODEL = "models/model.json"
@@ -109,6 +115,12 @@ def hostile(parts: dict[str, bytes], touched: Path) -> dict[str, tuple[str, dict
     def size(program):
         values = program["graph_module"]["graph"]["tensor_values"]
         values["x"]["sizes"][0]["as_expr"]["expr_str"] = code
+
+    def described(spec):
+        def describe(program):
+            program["graph_module"]["module_call_graph"][0]["signature"]["in_spec"] = spec
+
+        return edited(parts[MODEL], describe)
 
     weight = json.loads(parts[WEIGHTS])["config"]["layer.weight"]["path_name"]
     weight = f"data/weights/{weight}"
@@ -231,19 +243,9 @@ def hostile(parts: dict[str, bytes], touched: Path) -> dict[str, tuple[str, dict
                 ),
             },
         ),
-        "description of inputs": (
+        "description of inputs": (MODEL, {**parts, MODEL: described(ENUM)}),
+        "description in escapes": (
             MODEL,
-            {
-                **parts,
-                MODEL: edited(
-                    parts[MODEL],
-                    lambda p: p["graph_module"]["module_call_graph"][0]["signature"].update(
-                        in_spec='[1, {"type": "builtins.dict", "context": '
-                        '"[{\\"__enum__\\": true, \\"fqn\\": \\"evil_enum:E\\", '
-                        '\\"name\\": \\"A\\"}]", '
-                        '"children_spec": [{"type": null, "context": null, "children_spec": []}]}]'
-                    ),
-                ),
-            },
+            {**parts, MODEL: described(ENUM.replace("__enum__", "\\\\u005f_enum__"))},
         ),
     }

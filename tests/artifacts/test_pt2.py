@@ -22,6 +22,7 @@ NAMES = (
     *("sample inputs without a zip", "legacy weights", "legacy constants", "a second model"),
     *("layout of torch 2.7", "compiled library", "size", "guard", "guard in a text"),
     *("name of a value", "operator", "operator on files", "description of inputs"),
+    "description in escapes",
 )
 # torch 2.13 stops at these for another reason; they are refused because others may not.
 STOPPED_BY_TORCH = {"custom object", "compiled library", "operator", "operator on files"}
@@ -120,6 +121,24 @@ def test_keyword_inputs_and_inputs_without_a_batch(tmp_path):
     assert got["sum"].tolist() == [[2.0] * 5] * 7 and got["rest"][0].tolist() == [[5.0] * 3] * 7
 
 
+class Unusual(nn.Module):
+    """Names with hyphens and blanks, keys beyond ASCII."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict({"conv-1": nn.Linear(3, 3), "the second": nn.Linear(3, 3)})
+
+    def forward(self, x):
+        return {"été": self.parts["conv-1"](x), "it's": self.parts["the second"](x)}
+
+
+def test_unusual_names_are_no_attack(tmp_path):
+    model = Unusual()
+    program = load_pt2(save_pt2(model, torch.ones(2, 3), tmp_path / "unusual.pt2").path)
+    for key, value in model(torch.ones(5, 3)).items():
+        torch.testing.assert_close(program(torch.ones(5, 3))[key], value)
+
+
 def test_a_model_that_cannot_be_exported_is_an_error_and_leaves_no_file(tmp_path):
     with pytest.raises(ArtifactError, match=r"torch\.export can't export Branch"):
         save_pt2(Branch(), torch.randn(2, 3), tmp_path / "branch.pt2")
@@ -184,6 +203,10 @@ def damaged(parts, tmp_path):
     def large(table):
         table["config"]["shift"]["tensor_meta"]["sizes"] = [{"as_int": 10**12}]
 
+    def inner(table):
+        table["config"]["layer.__class__.weight"] = table["config"].pop("layer.weight")
+
+    yield "a class", {**parts, WEIGHTS: edited(parts[WEIGHTS], inner)}, "layer.__class__.weight"
     yield "a path", {**parts, WEIGHTS: edited(parts[WEIGHTS], far)}, "etc/passwd"
     yield "a missing tensor", {**parts, WEIGHTS: edited(parts[WEIGHTS], missing)}, "weight_77 is mi"
     tensor = json.loads(parts[CONSTANTS])["config"]["shift"]["path_name"]

@@ -166,6 +166,10 @@ def test_damaged_and_hostile_recipes(tmp_path):
     refused(r"holds no recipe", numbers={"": [1]})
     refused(r"'head\.weight' is tied to 'nothing', which it lacks", tied={"head.weight": "nothing"})
 
+    refused(r"holds no recipe", frozen=[["head.bias"]])
+    refused(r"holds no recipe", model=None)
+    refused(r"'head\.bias' has dtype torch\.int64", tied={**recipe["tied"], "head.bias": "steps"})
+
     # Numbers alone are set, and only where the class has a number of its own.
     numbers = {"": {"forward": 1, "training": 0, "evil": 3, "steps": 2, "gains": [1]}}
     numbers["body"] = {"in_features": "6", "out_features": [1], "weight": 1, "_parameters": 1}
