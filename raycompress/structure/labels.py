@@ -12,7 +12,7 @@ Uniting is lazy: edges are collected here, and `closure.py` turns them into clas
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -195,7 +195,7 @@ class LabelSpace:
         if different.any():
             self.edges.append((a[different], b[different]))
 
-    def unite_along(self, facet: Tensor, dims: Sequence[int]) -> Tensor:
+    def unite_along(self, facet: Tensor, dims: Iterable[int]) -> Tensor:
         """Makes the labels equal along the dims, and returns the facet without them."""
         narrow = facet
         for dim in dims:

@@ -61,7 +61,10 @@ def write_back(tracer: Trace, view: Tensor) -> None:
         else:
             target.copy_(spread(facet, view.shape))
         kept = canonical(full)
-        if kept is not None:
+        if kept is not None and match is not None:
+            # What was written to one place of a dim that had no labels holds for all of it.
+            kept = tracer.space.unite_along(kept, set(varying(kept)) - set(varying(match)))
+        if kept is not None and varying(kept):
             tracer.space.keep_rectangular([kept])
             result.append(kept)
     tracer.set(base, result + free)
