@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Any, Literal
 
 import numpy as np
@@ -21,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from raycompress.errors import StructureError
 from raycompress.structure.closure import close
-from raycompress.structure.labels import Facets
+from raycompress.structure.labels import Facets, varying
 from raycompress.structure.model import Structure
 from raycompress.structure.operators import find_rule
 from raycompress.structure.pools import along
@@ -56,12 +57,12 @@ _GATE = "_raycompress_gate"
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """A tensor of the forward pass that carries all channels of a group.
+    """A tensor of the forward pass that carries channels of a group.
 
     Attributes:
         group: name of the group.
         name: the module whose code runs the operator, the operator, and which such call of the
-            group's it is, as in "layer1.0 relu 2".
+            group's it is, as in "layer1.0 relu 2". Sites of one name hold parts of the channels.
         ordinal: which of the watched operators.
         operand: name of the argument; "" for the operator's output.
         dim: the channels lie along this dim,
@@ -101,7 +102,8 @@ def activation_sites(
     They are the outputs of activation functions that carry the group's channels, after residual
     sums and concatenations as before them. A sigmoid, tanh or the like that multiplies something is
     a gate, and none. A group without any (a linear bottleneck, a residual stream, the product of
-    gates) is seen where it is read: at the inputs of the layers that consume it.
+    gates) is seen where it is read: at the inputs of the layers that consume it. Where no tensor
+    carries all channels of a group, those that carry some are its sites together.
 
     Args:
         model: dense; its mode is left as it was.
@@ -114,26 +116,33 @@ def activation_sites(
     root, group_of, channel_of = _owners(seen, structure)
     activations = [o for o in finder.activations if o.ordinal not in finder.gates]
     found: list[Site] = []
-    numbers: dict[tuple[int, str, str], int] = defaultdict(int)
-    for seen_at in (activations, finder.inputs):
+    for operators in (activations, finder.inputs):
         done = {site.group for site in found}
-        for each in seen_at:
-            name = finder.operators[each.ordinal].partition("::")[2]
+        carrying: dict[int, list[Site]] = defaultdict(list)
+        for each in operators:
+            called = f"{each.module} {finder.operators[each.ordinal].partition('::')[2]}".strip()
             for dim, line in each.lines(root):
-                for number in np.unique(group_of[line]):
-                    group = structure.groups[number]
-                    if number < 0 or group.name in done:
-                        continue
+                for number in np.unique(group_of[line][group_of[line] >= 0]):
                     positions = np.flatnonzero(group_of[line] == number)
                     channels = channel_of[line[positions]]
-                    if len(np.unique(channels)) < group.num_channels:
-                        continue  # a part of the channels can't be compared with the rest
-                    key = int(number), each.module, name
-                    numbers[key] += 1
-                    called = f"{each.module} {name} {numbers[key]}".strip()
                     place = each.ordinal, each.operand, dim, len(line)
-                    found.append(Site(group.name, called, *place, positions, channels))
+                    name = structure.groups[number].name
+                    carrying[number].append(Site(name, called, *place, positions, channels))
+        for number, sites in carrying.items():
+            group = structure.groups[number]
+            if group.name not in done:
+                found += _comparable(sites, group.num_channels)
     return Sites(tuple(finder.operators), tuple(found))
+
+
+def _comparable(sites: list[Site], num_channels: int) -> list[Site]:
+    """Sites with all channels, numbered; or parts that have all of them together; or none."""
+    whole = [site for site in sites if len(np.unique(site.channels)) == num_channels]
+    if whole:
+        numbers: dict[str, Iterator[int]] = defaultdict(lambda: count(1))
+        return [replace(site, name=f"{site.name} {next(numbers[site.name])}") for site in whole]
+    together = np.unique(np.concatenate([site.channels for site in sites]))
+    return [replace(s, name="parts") for s in sites] if len(together) == num_channels else []
 
 
 @contextmanager
@@ -175,7 +184,14 @@ class _Operator:
 
     def lines(self, root: Ids) -> list[tuple[int, Ids]]:
         """(dim, classes) along which channels lie."""
-        found = [line for facet in self.facets for line in along(facet, root)]
+        found = []
+        for facet in self.facets:
+            classes = root[facet.numpy()]
+            if (classes == classes.flat[0]).all():  # one channel has all of them, along any dim
+                dim = varying(facet)[-1]
+                found.append((dim, np.full(facet.shape[dim], classes.flat[0])))
+            else:
+                found += along(facet, root)
         return [(dim, line) for dim, line in found if self.dim in (None, dim)]
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,7 @@ from raycompress.collect import Probe
 from raycompress.criteria import ActivationCriterion, APoZ, MeanActivation
 from raycompress.errors import ConfigError, EvaluationError, StructureError
 from raycompress.pruning import ActivationAPoZRank, ActivationMeanRank
-from raycompress.structure import analyze
+from raycompress.structure import Member, analyze
 from raycompress.structure.activations import activation_sites, watch
 
 BOTH = [APoZ(), MeanActivation()]
@@ -302,6 +304,55 @@ def test_concatenations_and_shared_layers():
 
     x, _ = images()
     assert sites_of(Dense(), x) == {"a": ["relu 1", "relu 2"], "b": ["relu 1"]}
+
+
+def test_a_group_of_one_channel_is_seen():
+    """Shuffles and equal halves can tie all of a layer's channels to one."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(self.conv(x))
+            for shift in (1, 2, 3):
+                x = x + x.roll(shift, 1)
+            return self.head(x).mean((2, 3))
+
+    x, labels = images()
+    probe = probe_of(Given(Tied(), x, labels, 5), 5)
+    assert [g.num_channels for g in probe.structure.groups] == [1]
+    found = MeanActivation().collect(probe)
+    with torch.no_grad():
+        expected = brute_force(MeanActivation(), F.relu(probe.model.conv(x))).mean()
+    torch.testing.assert_close(found["conv @ relu 1"], expected.reshape(1))
+
+
+def test_parts_of_a_group_that_lie_apart(randomised):
+    """A pool of the channels of two layers, of which no activation has all."""
+
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(4, 6)
+            self.head = nn.Linear(12, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = self.head(torch.cat([F.relu(self.a(x)), torch.tanh(self.b(x))], 1))
+            return logits
+
+    model = randomised(Parts())
+    x = images(size=2)[0].flatten(1)[:, :4]
+    structure = analyze(model, (x,))
+    member = Member("head.weight", 1, np.arange(12)[:, None], "consumer")
+    pool = replace(structure.groups[0], num_channels=12, members=(member,))
+    probe = probe_of(Given(model, x, torch.zeros(12).long(), 5), 5)
+    found = APoZ().collect(replace(probe, structure=replace(structure, groups=(pool,))))
+    with torch.no_grad():
+        expected = brute_force(APoZ(), torch.cat([F.relu(model.a(x)), torch.tanh(model.b(x))], 1))
+    assert list(found) == ["a @ parts"]
+    torch.testing.assert_close(found["a @ parts"], expected)
 
 
 def test_transformer_layers(randomised):
