@@ -155,6 +155,9 @@ class ReplicaPool(LedgerExecutor):
                 return ray.get(getattr(slot.actor, method).remote(*arguments), timeout=timeout)
             except ray.exceptions.RayTaskError:
                 raise
+            except ray.exceptions.GetTimeoutError:
+                reason = f"it measured for more than {timeout:g} s"
+                self._replace(slot, reason)
             except ray.exceptions.RayError as error:
                 reason = loss_reason(error)
                 self._replace(slot, reason)

@@ -176,15 +176,15 @@ def latency_table(
     folder: str | Path | None = None,
     levels: int = 5,
     checks: int = 8,
-    visits: int = 3,
-    passes: int = 5,
+    visits: int = 5,
+    passes: int = 3,
     max_seconds: float = 300.0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> LatencyTable:
     """Measures a table, or takes what is measured already from a folder.
 
     The cost: at most `levels ** 2 + checks` slim models, each run `visits * (2 * passes + 1)`
-    times; by default 33 models, 33 times each, hence some 550 dense passes.
+    times; by default 33 models, 35 times each, hence some 600 dense passes.
 
     Args:
         model: the dense model that was analysed; which weights it has doesn't matter.
