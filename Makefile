@@ -13,13 +13,17 @@ $(VENV)/.installed: pyproject.toml tests/constraints.txt
 	$(BIN)/pip install -q -c tests/constraints.txt -e '.[dev]'
 	touch $@
 
+$(VENV)/.zoo: $(VENV)/.installed tests/requirements-zoo.txt
+	$(BIN)/pip install -q --no-deps -r tests/requirements-zoo.txt
+	touch $@
+
 demo: $(VENV)/.installed
 	$(BIN)/python -m raycompress run jobs/quickstart.yaml --output $(OUTPUT)
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest tests
 
-test-slow: $(VENV)/.installed
+test-slow: $(VENV)/.zoo
 	$(BIN)/python -m pytest tests -m 'slow'
 
 lint: $(VENV)/.installed

@@ -10,6 +10,7 @@ import numpy as np
 from torch import nn
 
 from raycompress.errors import StructureError
+from raycompress.structure.branches import with_training_branches
 from raycompress.structure.closure import Classes, close
 from raycompress.structure.compile import Sizes
 from raycompress.structure.graph_analyze import graph_structure
@@ -83,7 +84,8 @@ def analyze(
         return structure.limited(round_to=round_to, min_kept=min_kept)
     attention = AttentionCalls()
     try:
-        seen = trace(model, args, kwargs, find_rule, forward=attention.forward(model))
+        forward = with_training_branches(model, attention.forward(model))
+        seen = trace(model, args, kwargs, find_rule, forward=forward)
     except Exception as error:
         reason = why_not(model, args, kwargs)
         if reason is None:  # it runs without the tracer, so this isn't the inputs' fault

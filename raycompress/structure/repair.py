@@ -168,9 +168,10 @@ class Repair:
 
     def _tie(self, remedy: _Remedy) -> None:
         for sizes in remedy.tied:
-            lines = [_line(self._seen.sizes[i]) for i in sizes]
-            for line in lines[1:]:
-                self._seen.space.unite(lines[0], line)
+            first, *others = (_line(self._seen.sizes[i]) for i in sizes)
+            for line in others:
+                if first is not None and line is not None:
+                    self._seen.space.unite(first, line)
 
     def _find(self, stop: Stop) -> _Remedy:
         best: tuple[float, _Remedy] | None = None
@@ -282,7 +283,8 @@ class Repair:
     def _ties(self, name: str) -> Iterator[_Remedy]:
         own = self._own.get(name, [])
         values = dict.fromkeys(self._seen.sizes[i].value for i in own)
-        several = [tuple(o.values()) for v in values if len(o := self._options(own, v)) > 1]
+        whole = [i for i in own if _line(self._seen.sizes[i]) is not None]
+        several = [tuple(o.values()) for v in values if len(o := self._options(whole, v)) > 1]
         for sizes in several:
             yield _Remedy(name, tied=(sizes,))
         if len(several) > 1:
@@ -339,10 +341,12 @@ def _ancestors(module: str) -> list[str]:
     return found
 
 
-def _line(size: SizeSeen) -> Tensor:
-    """Labels along the dim of a size, shape (value,)."""
-    facet = next(f for f in size.facets if f.shape[size.dim] > 1)
-    for d in range(facet.dim()):
-        if d != size.dim:
-            facet = facet.narrow(d, 0, 1)
-    return facet.reshape(-1)
+def _line(size: SizeSeen) -> Tensor | None:
+    """Labels along the dim of a size, shape (value,); None where it only counts groups of them."""
+    for facet in size.facets:
+        if facet.shape[size.dim] == size.value:
+            for d in range(facet.dim()):
+                if d != size.dim:
+                    facet = facet.narrow(d, 0, 1)
+            return facet.reshape(-1)
+    return None

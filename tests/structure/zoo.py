@@ -130,16 +130,19 @@ def randomise(model: nn.Module) -> None:
 
 
 def _settle(model: nn.Module, inputs: Any) -> None:
-    """Batch statistics near those of the data, so that the input shows in a deep model's output."""
+    """Random batch statistics near those of the data: the input must show in a deep model."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [m.momentum for m in norms]
     for norm in norms:
-        norm.momentum = 0.7  # the rest of the statistics stays random
+        norm.momentum = 1.0
     model.train()
     with torch.no_grad():
         _call(model, inputs)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+            if norm.running_mean is not None:
+                norm.running_var *= torch.rand_like(norm.running_var) + 0.5
+                norm.running_mean += torch.randn_like(norm.running_mean) * norm.running_var.sqrt()
     model.eval()
 
 
