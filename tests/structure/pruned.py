@@ -51,6 +51,21 @@ def half(structure: Structure) -> Kept:
     return kept
 
 
+def masked(model: nn.Module, masks: dict[str, Tensor]) -> nn.Module:
+    """The dense model with zeros in place of what goes."""
+    result = copy.deepcopy(model)
+    for name, mask in masks.items():
+        result.get_parameter(name).data.mul_(mask)
+    return result
+
+
+def prunable(structure: Structure, parameter: str, dim: int) -> float:
+    """Share of the indices along a dim of a parameter that belong to a group."""
+    size = structure.leaves[parameter].shape[dim]
+    members = [m for g in structure.groups for m in g.members]
+    return sum(m.indices.size for m in members if (m.parameter, m.dim) == (parameter, dim)) / size
+
+
 def counted(model: nn.Module, inputs: tuple[Any, ...]) -> int:
     """Floating-point operations of one pass, as torch counts them."""
     # Fused kernels aren't in the counter's table.
@@ -83,12 +98,10 @@ def prune(
     structure = analyze(model, inputs(7), heads=heads, form="module")
     assert explained or all(g.exact for g in structure.groups)
     kept = half(structure)
-    masked = copy.deepcopy(model)
-    for name, mask in structure.masks(kept).items():
-        masked.get_parameter(name).data.mul_(mask)
+    zeroed = masked(model, structure.masks(kept))
     small = slim(model, structure, kept)
     for batch in (7, 5):
-        verdict = verify(masked, small, inputs(batch), structure=structure, kept=kept)
+        verdict = verify(zeroed, small, inputs(batch), structure=structure, kept=kept)
         assert verdict.kind == "exact" and verdict.max_error < 1e-10, (batch, verdict)
     before, after = (sum(p.numel() for p in m.parameters()) for m in (model, small))
     share = 1 - after / before
@@ -102,4 +115,4 @@ def prune(
     dense.load_state_dict(expand(structure, model, small.state_dict(), kept))
     back = verify(dense, small, inputs(3), structure=structure)
     assert back.max_error < 1e-10, back
-    return Pruned(structure, kept, model, masked, small, share)
+    return Pruned(structure, kept, model, zeroed, small, share)
