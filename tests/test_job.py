@@ -87,6 +87,17 @@ def test_the_slim_model_is_left_as_a_recipe_for_its_class(done):
         assert float(hits) == pytest.approx(slim.score_test)
 
 
+def test_mlflow_keeps_the_recipe_and_the_program_of_one_model(tmp_path):
+    job = {**JOB, "pruners": [{"type": "L1Filter"}], "sensitivity": {}, "tracking": {}}
+    result = run({**job, "output": str(tmp_path)})
+    (recipe,) = (tmp_path / "artifacts").rglob("model.safetensors")
+    assert (recipe.parent / "masks.safetensors").exists() and not result.trials[0].model == ""
+    (program,) = (tmp_path / "artifacts").rglob("model.pt2")
+    x = torch.randn(5, 2, 6, 6)
+    slim = load(recipe, ToyTask().build_model()).eval()
+    torch.testing.assert_close(load(program)(x), slim(x))
+
+
 def test_the_same_job_again_does_nothing_twice(done):
     output, first = done
     before = len(read_ledger(output / "ledger"))
