@@ -26,15 +26,20 @@ def aligned(facets: Facets, dims: int) -> Facets:
 def _covered(
     space: LabelSpace, facets: Facets, other: Facets, shape: Sequence[int], reason: str
 ) -> Facets:
-    """Drops and freezes the facets that meet a size > 1 which no facet of the other explains."""
+    """Facets without the dims where they meet a size > 1 which no facet of the other explains.
+
+    Along such a dim nothing can be removed by itself: its labels go together there. A facet that
+    varies along no other dim is frozen and dropped.
+    """
     explained = {d for f in other for d in varying(f)}
     kept = []
     for facet in facets:
-        if any(shape[d] > 1 and d not in explained for d in varying(facet)):
+        fixed = [d for d in varying(facet) if shape[d] > 1 and d not in explained]
+        if len(fixed) == len(varying(facet)):
             # Carried on, a frozen label would freeze everything that it meets later.
             space.freeze(facet, reason)
         else:
-            kept.append(facet)
+            kept.append(space.unite_along(facet, fixed) if fixed else facet)
     return kept
 
 
@@ -61,11 +66,12 @@ def merge(
     a_shape = (1,) * (dims - len(left_shape)) + tuple(left_shape)
     b_shape = (1,) * (dims - len(right_shape)) + tuple(right_shape)
     while True:
+        before = [*left, *right]
         left = _covered(space, left, right, b_shape, reason)
-        again = _covered(space, right, left, a_shape, reason)
-        stable = len(again) == len(right)
-        right = again
-        if stable:
+        right = _covered(space, right, left, a_shape, reason)
+        if len(before) == len(left) + len(right) and all(
+            old is new for old, new in zip(before, [*left, *right], strict=True)
+        ):
             break
     left, right, matched = _matched(space, left, right)
     a_fixed, b_fixed = _unexplained(a_shape, left), _unexplained(b_shape, right)
