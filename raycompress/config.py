@@ -17,9 +17,11 @@ from raycompress.targets import Target
 
 __all__ = [
     "ClusterConfig",
+    "DistillConfig",
     "JobConfig",
     "LatencyConfig",
     "ModelConfig",
+    "RecoverConfig",
     "SensitivityConfig",
     "TrackingConfig",
     "TrainingConfig",
@@ -47,6 +49,40 @@ class TrainingConfig:
         _positive("epochs", self.epochs)
         if self.lr is not None:
             _positive("lr", self.lr)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """Training toward the dense model's outputs: see `raycompress.training.Distillation`.
+
+    Attributes:
+        temperature: Of the outputs, above 0.
+        weight: Of the dense model's outputs against the task's own loss, in (0, 1].
+        features: Names of modules whose outputs are compared as well; they must keep their shape.
+        feature_weight: Of each feature's term, above 0.
+    """
+
+    temperature: float = 4.0
+    weight: float = 0.9
+    features: tuple[str, ...] = ()
+    feature_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        _positive("temperature", self.temperature)
+        _positive("feature_weight", self.feature_weight)
+        if not 0 < self.weight <= 1:
+            raise ConfigError(f"weight must be in (0, 1], got {self.weight:g}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoverConfig(TrainingConfig):
+    """Fine-tuning of a winner.
+
+    Attributes:
+        distill: Distil from the dense model; None: train on the task's own loss alone.
+    """
+
+    distill: DistillConfig | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +249,7 @@ class JobConfig:
     pruners: tuple[dict[str, Any], ...] = ()
     budgets: tuple[dict[str, Any], ...] = ()
     seeds: tuple[int, ...] = (0,)
-    recover: TrainingConfig | None = None
+    recover: RecoverConfig | None = None
     evaluation: Evaluation = field(default_factory=Evaluation)
     latency: LatencyConfig = LatencyConfig()
     cluster: ClusterConfig = ClusterConfig()

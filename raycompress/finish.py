@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from raycompress.config import RecoverConfig
 from raycompress.errors import EvaluationError, VerificationError
 from raycompress.executor import LedgerExecutor
 from raycompress.masks import Masks, masked_copy, save_masks, weight_masks
+from raycompress.method import TrainingMethod
 from raycompress.plan import Plan, TrialPlan
 from raycompress.results import Latency, Limit, ModelRow, SearchStep, TrialResult, Verification
 from raycompress.search import Candidate, Training
@@ -22,6 +24,7 @@ from raycompress.structure import expand, file_size, slim, verify
 from raycompress.structure.latency import LatencyRow
 from raycompress.structure.latency_table import LatencyTable
 from raycompress.task import Split
+from raycompress.training import Distillation
 from raycompress.trial import load_ranking, write_json
 from raycompress.weights import Weights, WeightStore
 
@@ -89,12 +92,7 @@ def finish_trial(
     winner = Candidate.from_key(found["winner"])
     if winner.kept:
         pool.publish(load_ranking(winner.ranking, plan.output / "rankings"))
-    recover = plan.config.recover
-    training = (
-        Training(0.0, None, trial.seed)
-        if recover is None
-        else Training(recover.epochs, recover.lr, trial.seed)
-    )
+    training = _recovery(plan.config.recover, trial.seed, dense.candidate.weights)
     recovered = pool.evaluate([winner.with_training(training)])[0]
     if recovered.failure is not None or recovered.weights is None:
         raise EvaluationError(f"recovering {trial.name} failed: {recovered.failure}")
@@ -160,6 +158,15 @@ def finish_trial(
         masks=str(folder / "masks.safetensors"),
         weights=recovered.weights,
     )
+
+
+def _recovery(recover: RecoverConfig | None, seed: int, dense: str) -> Training:
+    if recover is None:
+        return Training(0.0, None, seed)
+    methods: tuple[TrainingMethod, ...] = ()
+    if recover.distill is not None:
+        methods = (Distillation(teacher=dense, **vars(recover.distill)),)
+    return Training(recover.epochs, recover.lr, seed, methods)
 
 
 def final_model(plan: Plan, trained: Weights) -> nn.Module:

@@ -27,6 +27,7 @@ from raycompress.search import Ranking, Trial
 from raycompress.structure import Structure, analyze
 from raycompress.task import Split, Task, check_task
 from raycompress.weights import WeightStore
+from raycompress.wording import near
 
 __all__ = ["Plan", "TrialPlan", "build_task", "check_trial", "prepare"]
 
@@ -138,9 +139,20 @@ def prepare(config: JobConfig) -> Plan:
         trials=_trials(config),
         output=output,
     )
+    if config.recover is not None and config.recover.distill is not None:
+        _check_features(model, config.recover.distill.features)
     for trial in plan.trials:
         check_trial(plan, trial, _Free())
     return plan
+
+
+def _check_features(model: nn.Module, features: tuple[str, ...]) -> None:
+    known = [name for name, _ in model.named_modules()]
+    for name in features:
+        if name not in known:
+            raise ConfigError(
+                f"recover.distill.features: {name!r} is no module of the model{near(name, known)}"
+            )
 
 
 def check_trial(plan: Plan, trial: TrialPlan, latency: Pricing) -> None:

@@ -279,11 +279,9 @@ def run_search(
                 raise EvaluationError(
                     f"all {len(trials)} candidates of step {step} failed: {'; '.join(reasons[:3])}"
                 )
-            judged = [trial for trial in trials if trial.candidate.collect is None]
-            if judged:
-                if on_step is not None:
-                    on_step(step, judged)
-                step += 1
+            if on_step is not None:
+                on_step(step, trials)
+            step += 1
             candidates = search.send(trials)
     except StopIteration as stop:
         winner: Candidate = stop.value

@@ -138,7 +138,8 @@ class PrunerContract:
         if problem.budget is None or executor.rankings[winner.ranking].kind != "channels":
             return
         dense = problem.structure.cost()
-        before = [] if self.gradual else [trial.candidate for trial in trials]
+        pruned = [trial.candidate for trial in trials if trial.candidate.kept]
+        before = [] if self.gradual else pruned
         for candidate in [winner, *before]:
             cost = problem.structure.cost(candidate.counts)
             assert problem.budget.excess(cost, dense) <= 1

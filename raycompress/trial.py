@@ -131,7 +131,7 @@ def run_trial(
     model.load_state_dict(dict(shared.weights.state))
     name = str(payload["name"])
     curve: list[dict[str, Any]] = []
-    replayed = 0
+    replayed, spent = 0, 0.0
     figures: dict[str, float] = {}
     with Ledger(shared.output / "ledger", name) as ledger, make_pool(ledger) as pool:
         problem = Problem(
@@ -148,11 +148,17 @@ def run_trial(
         )
         pruner = build_pruner(payload["pruner"], "pruner")
 
-        def on_step(step: int, trials: Sequence[Trial]) -> None:
-            nonlocal replayed
+        def on_step(_: int, trials: Sequence[Trial]) -> None:
+            nonlocal replayed, spent
             replayed += sum(trial.replayed for trial in trials)
-            alive = [trial for trial in trials if trial.failure is None]
+            spent += sum(trial.dfe for trial in trials)
+            # Statistics and looks at the dense model cost, and are no steps of the search.
+            own = [t for t in trials if t.candidate.kept or t.candidate.training is not None]
+            alive = [trial for trial in own if trial.failure is None]
+            if not alive:
+                return
             best = min(alive, key=lambda trial: trial.loss)
+            step = len(curve)
             curve.append(
                 {
                     "step": step,
@@ -160,8 +166,8 @@ def run_trial(
                     "loss": best.loss,
                     "best_score": max([best.score, *(c["best_score"] for c in curve[-1:])]),
                     "best_loss": min([best.loss, *(c["best_loss"] for c in curve[-1:])]),
-                    "dfe": sum(trial.dfe for trial in trials) + sum(c["dfe"] for c in curve[-1:]),
-                    "failed": len(trials) - len(alive),
+                    "dfe": spent,
+                    "failed": len(own) - len(alive),
                     "figures": dict(figures),
                 }
             )
@@ -182,7 +188,7 @@ def run_trial(
             "loss": judged.loss,
             "failure": judged.failure,
             "dfe": pool.dfe,
-            "total_dfe": (curve[-1]["dfe"] if curve else 0.0) + judged.dfe,
+            "total_dfe": spent + judged.dfe,
             "evaluated": pool.num_evaluated,
             "replayed": replayed,
             "seconds": round(time.monotonic() - start, 3),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from raycompress.config import JobConfig, TrainingConfig
+from raycompress.config import JobConfig, RecoverConfig, TrainingConfig
 from raycompress.errors import ConfigError
 from raycompress.importing import resolve
 from raycompress.loading import (
@@ -94,6 +94,14 @@ def test_all_mistakes_are_listed_in_the_files_order(write):
     [
         ("seeds: [1, 1]", "line 11: seeds must differ, got [1, 1]"),
         ("recover: {lr: 1}", "line 11: recover.epochs is missing: Passes over the train split"),
+        (
+            "recover: {epochs: 1, distill: {weight: 2}}",
+            "line 11: recover.distill.weight must be in",
+        ),
+        (
+            "recover: {epochs: 1, distill: {temprature: 2}}",
+            "line 11: recover.distill.temprature is no",
+        ),
         ("recover: 3", "line 11: recover must be a mapping of keys to values, got 3"),
         ("recover: {epochs: .inf}", "line 11: recover.epochs must be plain data with finite"),
         ("cluster: {replica: 3}", "line 11: cluster.replica is no key of cluster; did you mean"),
@@ -166,7 +174,7 @@ def test_overrides_apply_in_order_and_make_what_is_missing(write):
     )
     assert job.budgets[0] == {"macs": "30%", "params": 1000}
     assert job.pruners[0]["round_to"] == 4
-    assert job.recover == TrainingConfig(epochs=1.0, lr=0.01)
+    assert job.recover == RecoverConfig(epochs=1.0, lr=0.01)
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,11 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from raycompress.errors import TaskError
-from raycompress.recalibration import recalibrate
+from raycompress.executor import LocalExecutor
+from raycompress.recalibration import check_recalibration, recalibrate
+from raycompress.search import Candidate, Training, run_search
 from raycompress.task import check_task, split_indices
-from raycompress.testing import ToyNet, ToyTask
+from raycompress.testing import ToyNet, ToyTask, toy_problem
 
 
 def broken(**methods):
@@ -98,3 +100,28 @@ def test_recalibration_equals_the_average_over_batches():
     torch.testing.assert_close(norm.running_mean, means)
     torch.testing.assert_close(norm.running_var, variances)
     assert not norm.training and norm.momentum == 0.1
+
+
+class _Shifted(ToyTask):
+    """Calibration data unlike the training data."""
+
+    def dataset(self, split):
+        data = super().dataset(split)
+        if split == "calibration":
+            images, labels = data.tensors
+            return TensorDataset(images * 5 + 9, labels)
+        return data
+
+
+def test_calibration_data_that_make_the_dense_model_worse_are_refused(tmp_path):
+    problem, executor = toy_problem(str(tmp_path))
+    trained = executor.evaluate([Candidate(problem.weights, training=Training(8.0))])[0].weights
+
+    def check(task, batches):
+        judge = LocalExecutor(task, problem.structure, executor.host.store)
+        run_search(check_recalibration(trained, batches), judge)
+
+    check(ToyTask(), 2)
+    check(_Shifted(), 0)
+    with pytest.raises(TaskError, match=r"from 2 calibration batches .* falls from 0\.\d+ to 0\."):
+        check(_Shifted(), 2)

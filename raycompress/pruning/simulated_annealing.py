@@ -20,6 +20,7 @@ from raycompress.budget import Allocator
 from raycompress.criteria import criterion
 from raycompress.errors import ConfigError
 from raycompress.pruning.pruner import Problem, Pruner, allocator
+from raycompress.recalibration import check_recalibration
 from raycompress.search import Candidate, Search, Trial
 
 __all__ = ["SimulatedAnnealing"]
@@ -47,7 +48,8 @@ class SimulatedAnnealing(Pruner):
         end_acceptance: The same at the end; the temperature falls geometrically between.
         perturbation: Largest change of a keep fraction at the start; falls to a tenth.
         objective: "loss": lower validation loss wins (finer than accuracy); "score": the task's.
-        recalibrate: Calibration batches for norm statistics before judging; 0: none.
+        recalibrate: Calibration batches for norm statistics before judging; 0: none. Tried on the
+            dense model first; data that make it worse are refused.
         round_to: Kept counts are multiples of this.
         min_kept: Never fewer channels in a group.
     """
@@ -97,6 +99,7 @@ class SimulatedAnnealing(Pruner):
         fitter = allocator(
             problem, list(groups), "SimulatedAnnealing", self.round_to, self.min_kept
         )
+        yield from check_recalibration(problem.weights, self.recalibrate)
         ranks = criterion(self.criterion, "SimulatedAnnealing.criterion", "channels")
         ranking = yield from problem.rank(ranks, list(groups))
 
