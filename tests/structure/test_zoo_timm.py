@@ -61,7 +61,7 @@ ARCHITECTURES = {
     "eva02_tiny": sized("eva02_tiny_patch14_224", 56, depth=2),
     "cait_xxs24": sized("cait_xxs24_224", depth=2),
     "xcit_nano": sized("xcit_nano_12_p16_224", depth=2),
-    "crossvit_tiny": model("crossvit_tiny_240", 240),
+    "crossvit_tiny": sized("crossvit_tiny_240", 120),
     # hierarchical and window transformers
     "swin_tiny": sized("swin_tiny_patch4_window7_224", window_size=4, depths=(2, 2, 2, 2)),
     "swinv2_tiny": sized("swinv2_tiny_window8_256", window_size=4, depths=(2, 2, 2, 2)),

@@ -88,17 +88,22 @@ def check(name: str, architecture: Architecture, record: Callable[[str, object],
     train(outcome, _cast(architecture.inputs(3), architecture.dtype))
 
 
-def prune(architecture: Architecture) -> Outcome:
-    """Prunes half of everything and compares on other inputs, of another batch size."""
+def prepared(architecture: Architecture) -> tuple[nn.Module, Structure, Any]:
+    """The randomised model, its structure, and other inputs of another batch size."""
     torch.manual_seed(0)
     model = architecture.build()
     randomise(model)
     model = model.to(architecture.dtype)
     _settle(model, _cast(architecture.inputs(4), architecture.dtype))
     structure = analyze(model, _cast(architecture.inputs(2), architecture.dtype))
+    return model, structure, _cast(architecture.inputs(3), architecture.dtype)
+
+
+def prune(architecture: Architecture) -> Outcome:
+    """Prunes half of everything and compares."""
+    model, structure, other = prepared(architecture)
     kept = half(structure)
     small = slim(model, structure, kept)
-    other = _cast(architecture.inputs(3), architecture.dtype)
     verdict = verify(
         masked(model, structure.masks(kept)), small, other, structure=structure, kept=kept
     )
