@@ -7,8 +7,9 @@ of one or two channel groups has a grid of times measured in really slim models 
 `latency_design`), and is interpolated in between: linearly for one group, bilinearly for two. One
 that depends on more groups (a convolution after a concatenation, a forward that calls operators
 itself) gets non-negative rates, fitted to the same measurements: a constant, a rate for each byte
-that it writes and one for each multiply-add. Overhead and scale are fitted to passes of the same
-models without hooks, such that the dense model's latency is right.
+that it writes and one for each multiply-add. So does what no layer of the cost model accounts for,
+which is all where slim models are in graph form. Overhead and scale are fitted to passes of the
+same models without hooks, such that the dense model's latency is right.
 
 Random slim models that were measured for nothing else say how far off the predictions are.
 """
@@ -37,6 +38,9 @@ from raycompress.structure.layer_times import Visit
 from raycompress.structure.model import Structure
 
 __all__ = ["LatencyTable", "TableError", "latency_table"]
+
+REST = "(rest)"
+"""Stands for all that is no layer."""
 
 _log = logging.getLogger(__name__)
 
@@ -82,7 +86,7 @@ class LatencyTable:
         first: group along the first axis of each grid, shape (layers,).
         second: group along the second axis, or the first again, shape (layers,).
         grids: microseconds, shape (layers, q, q).
-        rated: names of the layers with rates.
+        rated: names of the layers with rates; the last stands for all that is no layer.
         rates: microseconds: constant, for each byte, for each multiply-add, shape (rated, 3).
         overhead_ms: milliseconds of a pass outside of all layers; below 0 where hooks cost more.
         scale: of all layers' times.
@@ -119,11 +123,14 @@ class LatencyTable:
         return float(self.overhead_ms + self.scale * total / 1e3)
 
     def layers_ms(self, kept: Mapping[str, int] | None = None) -> dict[str, float]:
-        """Each layer's part of the predicted latency, in milliseconds, without the overhead."""
+        """Each layer's part of the predicted latency, in milliseconds, without the overhead.
+
+        What no layer accounts for stands under "(rest)".
+        """
         counts = self._counts(kept)
         times = np.concatenate([self._grid_times(counts), self._rated_times(counts)])
         named = dict(zip((*self.layers, *self.rated), self.scale * times / 1e3, strict=True))
-        return {name: float(named[name]) for name in self.sizes.layers}
+        return {name: float(named[name]) for name in (*self.sizes.layers, REST)}
 
     def _counts(self, kept: Mapping[str, int] | None) -> Ints:
         counts = self.sizes.full.copy()
@@ -148,21 +155,24 @@ class LatencyTable:
         return times
 
     def _rated_times(self, counts: Ints) -> Floats:
-        if not self.rated:
-            return np.zeros(0)
         costs = _layer_costs(self.sizes, counts)
-        places = [self.sizes.layers.index(name) for name in self.rated]
+        names = (*self.sizes.layers, REST)
+        places = [names.index(name) for name in self.rated]
         times: Floats = (self.rates * costs[places]).sum(axis=1)
         return times
 
 
 def _layer_costs(sizes: CostModel, counts: Ints) -> Floats:
-    """1, bytes written and multiply-adds of each layer in the traced pass, shape (layers, 3)."""
+    """1, bytes written and multiply-adds of each layer in the traced pass, and of all of them.
+
+    Shape (layers + 1, 3).
+    """
     terms = sizes.values(counts)[sizes.layer_factors].prod(axis=1)
-    costs = np.ones((len(sizes.layers), 3))
+    costs = np.ones((len(sizes.layers) + 1, 3))
     for column, kind in ((1, 2), (2, 1)):
         amounts = sizes.layer_coefficients[kind] * terms
-        costs[:, column] = np.bincount(sizes.owner, amounts, minlength=len(sizes.layers))
+        costs[:-1, column] = np.bincount(sizes.owner, amounts, minlength=len(sizes.layers))
+        costs[-1, column] = amounts.sum()
     return costs
 
 
@@ -261,6 +271,8 @@ def _fitted(
         first.append(groups[0] if groups else 0)
         second.append(groups[-1] if groups else 0)
         grids.append(_grid(design, groups, times, q))
+    rated.append(REST)
+    rates.append(_rates(costs[:, -1], own[:num, -1]))
     table = LatencyTable(
         device=device,
         batch_size=batch_size,

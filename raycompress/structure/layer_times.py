@@ -28,7 +28,8 @@ class Visit:
 
     Attributes:
         whole: of passes without hooks.
-        layers: each module's own time, by position in the cost model's layers.
+        layers: each module's own time, by position in the cost model's layers; last, that of all
+            modules which aren't among them.
     """
 
     whole: float
@@ -67,13 +68,17 @@ def visit(
             synchronize(device)
             whole.append(1e6 * (clock() - start))
         own = []
+        present = set(layers) <= {name for name, _ in model.named_modules()}
         with _marked(model, device, clock) as marks:
             for _ in range(passes):
                 marks.clear()
                 forward(model, batch)
                 synchronize(device)
                 times = _own_times(marks)
-                own.append([times.get(name, 0.0) for name in layers])
+                # A slim model in graph form has none of the modules: all of it is the rest.
+                known = layers if present else ()
+                rest = sum(time for name, time in times.items() if name not in set(known))
+                own.append([*(times.get(name, 0.0) if present else 0.0 for name in layers), rest])
     return Visit(
         round(float(np.median(whole)), 3),
         tuple(round(float(t), 3) for t in np.median(own, axis=0)),

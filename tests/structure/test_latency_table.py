@@ -89,8 +89,9 @@ def test_exact_where_times_are_bilinear() -> None:
         expected = (100 + 4 * a + a * b + 3 * b) / 1e3
         assert table.latency_ms({"a": a, "b": b}) == pytest.approx(expected, abs=1e-6)
     assert table.dense_ms == pytest.approx(0.4)
-    assert table.layers_ms({"a": 6}) == pytest.approx({"a": 0.024, "b": 0.12, "c": 0.06})
-    assert table.overhead_ms == pytest.approx(0.1) and table.scale == pytest.approx(1)
+    expected = {"a": 0.024, "b": 0.12, "c": 0.06, "(rest)": 0.1}
+    assert table.layers_ms({"a": 6}) == pytest.approx(expected)
+    assert abs(table.overhead_ms) < 1e-9 and table.scale == pytest.approx(1)
     assert table.error.num == 8 and table.error.max < 1e-6
 
 
@@ -121,10 +122,29 @@ def test_layers_that_more_than_two_groups_shape_have_rates() -> None:
     groups = layer_groups(structure.sizes)
     assert groups["a"] == (0,) and groups["d"] == (0, 1, 2) == groups[""]
     table = table_of(Wide(), checks=4)
-    assert set(table.rated) == {"", "d"}
+    assert table.rated == ("", "d", "(rest)")
     # d takes a microsecond for each multiply-add of one example, so its rate says all.
     kept = {"a": 3, "b": 5, "c": 10}
     assert table.latency_ms(kept) == pytest.approx((50 + 4 * 18 + 2 * 18) / 1e3, rel=1e-6)
+
+
+def test_graph_form_is_priced_as_a_whole() -> None:
+    class Hard(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 64), nn.Linear(64, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.b(self.a(x).reshape(-1, 8, 8).reshape(-1, 64))
+            return result
+
+    model = Hard()
+    structure = analyze(model, INPUT, form="graph")
+    table = latency_table(model, structure, INPUT, batch_size=2, visits=1, checks=2)
+    parts = table.layers_ms()
+    assert parts["(rest)"] > 0 and sum(parts.values()) == parts["(rest)"]
+    assert table.dense_ms == pytest.approx(table.overhead_ms + parts["(rest)"])
+    assert 0 < table.latency_ms({g.name: 1 for g in structure.groups}) < 10 * table.dense_ms
 
 
 def test_overhead_and_scale_make_dense_right() -> None:
