@@ -21,6 +21,7 @@ from torch.fx import Node
 from raycompress.structure.graph_model import SlimGraph, assemble
 from raycompress.structure.graph_program import Path, Program, Ref, find_target, map_refs, refs_in
 from raycompress.structure.graph_trace import GraphTrace, Number, Reindex
+from raycompress.structure.leaves import tensors_of
 from raycompress.structure.model import Kept, Member, Structure
 
 __all__ = ["GraphPlan", "apart", "plan_of", "slim_graph"]
@@ -152,8 +153,10 @@ def slim_graph(model: nn.Module, structure: Structure, kept: Kept) -> SlimGraph:
         node = nodes[name]
         node.target = torch.ops.aten.split_with_sizes.default
         node.args, node.kwargs = (node.args[0], [p.of(sizes) for p in parts], dim), {}
+    device = next((t.device for t in tensors_of(model).values()), None)
     for number, edit in enumerate(plan.reindexed):
-        constants |= _reindex(nodes[edit.instruction], edit, stays, f"_positions_{number}")
+        made = _reindex(nodes[edit.instruction], edit, stays, f"_positions_{number}")
+        constants |= {name: positions.to(device) for name, positions in made.items()}
     return assemble(model, structure, kept, graph, constants)
 
 

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from raycompress.errors import StructureError
-from raycompress.structure import analyze, slim, verify
+from raycompress.structure import analyze, expand, slim, verify
 
 pytestmark = pytest.mark.filterwarnings("ignore:The tensor attribute")  # export of an LSTM
 
@@ -108,6 +108,16 @@ def test_structure_is_plain_data_for_any_copy_of_the_model() -> None:
     assert verify(reference, small, inputs(Views, 3)).max_error < 1e-10
     with pytest.raises(StructureError, match="isn't the one analysed"):
         slim(randomised(Heads()), again, kept)
+
+
+def test_slim_weights_go_back_into_the_dense_model() -> None:
+    model = randomised(Heads())
+    structure = analyze(model, inputs(Heads, 2), form="graph")
+    kept = half(structure)
+    small = slim(model, structure, kept)
+    dense = copy.deepcopy(model)
+    dense.load_state_dict(expand(structure, model, small.state_dict(), kept))
+    assert verify(dense, small, inputs(Heads, 3)).max_error < 1e-10
 
 
 def test_modes_and_training() -> None:
