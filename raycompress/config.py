@@ -231,6 +231,8 @@ class JobConfig:
         budgets: Each a mapping of resource (macs, params, latency_ms) to what is kept, such as
             {"macs": "50%"}; empty: for pruners that have a sparsity of their own.
         seeds: Seeds of the trials.
+        reconstruct: Let the layers of each winner imitate the dense ones by least squares on
+            calibration data, before it is fine-tuned.
         recover: Fine-tune each winner; None: no.
         evaluation: How candidates are evaluated.
         latency: How latency is measured.
@@ -249,6 +251,7 @@ class JobConfig:
     pruners: tuple[dict[str, Any], ...] = ()
     budgets: tuple[dict[str, Any], ...] = ()
     seeds: tuple[int, ...] = (0,)
+    reconstruct: bool = False
     recover: RecoverConfig | None = None
     evaluation: Evaluation = field(default_factory=Evaluation)
     latency: LatencyConfig = LatencyConfig()

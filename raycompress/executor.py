@@ -137,7 +137,9 @@ class LedgerExecutor(ABC):
                 judged.append(
                     None
                     if weights is None
-                    else replace(candidate, weights=weights, training=None, recalibrate=0)
+                    else replace(
+                        candidate, weights=weights, training=None, recalibrate=0, reconstruct=None
+                    )
                 )
         answers = self._evaluate([c for c in judged if c is not None], split)
         trials = []
@@ -201,8 +203,13 @@ class LedgerExecutor(ABC):
             if all(i in results for i in own):
                 candidate = missing[position]
                 sizes = self.info.num_examples
-                recalibration = candidate.recalibrate * self.evaluation.batch_size
-                examples = sizes[split] + min(recalibration, sizes["calibration"])
+                # Reconstruction runs the model up to each layer, for both models: half of each.
+                batches = candidate.recalibrate
+                if candidate.reconstruct is not None:
+                    batches += candidate.reconstruct.batches * max(len(candidate.kept), 1)
+                examples = sizes[split] + min(
+                    batches * self.evaluation.batch_size, batches * sizes["calibration"]
+                )
                 dfe = self._relative_macs(candidate) * examples / max(sizes["validation"], 1)
                 trials[candidate] = self._record(
                     keys[candidate], candidate, [results.pop(i) for i in own], dfe

@@ -18,6 +18,7 @@ from raycompress.executor import LedgerExecutor
 from raycompress.masks import Masks, masked_copy, save_masks, weight_masks
 from raycompress.method import TrainingMethod
 from raycompress.plan import Plan, TrialPlan
+from raycompress.reconstruction import Reconstruction
 from raycompress.results import Latency, Limit, ModelRow, SearchStep, TrialResult, Verification
 from raycompress.search import Candidate, Training
 from raycompress.structure import expand, file_size, slim, verify
@@ -92,11 +93,13 @@ def finish_trial(
     winner = Candidate.from_key(found["winner"])
     if winner.kept:
         pool.publish(load_ranking(winner.ranking, plan.output / "rankings"))
+    if plan.config.reconstruct and winner.kept:
+        winner = replace(winner, reconstruct=Reconstruction(dense.candidate.weights))
     training = _recovery(plan.config.recover, trial.seed, dense.candidate.weights)
     recovered = pool.evaluate([winner.with_training(training)])[0]
     if recovered.failure is not None or recovered.weights is None:
         raise EvaluationError(f"recovering {trial.name} failed: {recovered.failure}")
-    final = replace(winner, weights=recovered.weights, recalibrate=0)
+    final = replace(winner, weights=recovered.weights, recalibrate=0, reconstruct=None)
     trained = store.get(recovered.weights)
     folder = plan.output / "results" / trial.name
     folder.mkdir(parents=True, exist_ok=True)

@@ -24,6 +24,7 @@ from raycompress.identity import data_digest, numeric_class, task_digest
 from raycompress.masks import Masks, hold, masked_copy, weight_masks
 from raycompress.method import TrainingRun
 from raycompress.recalibration import recalibrate
+from raycompress.reconstruction import Reconstruction, lost_inputs, reconstruct
 from raycompress.search import Candidate, Ranking, Shard, Training
 from raycompress.structure import Structure, expand, slim
 from raycompress.structure.latency import LatencyRow, measure
@@ -287,10 +288,32 @@ class ModelHost:
             else:
                 model = copy.deepcopy(self._base)
         model = model.to(self.device).eval()
+        if candidate.reconstruct is not None:
+            self._reconstruct(model, candidate, candidate.reconstruct)
         if candidate.recalibrate:
             batches = self._splits.batches("calibration")[: candidate.recalibrate]
             recalibrate(model, lambda batch: self.task.forward(model, batch), batches)
         return model
+
+    def _reconstruct(self, model: nn.Module, candidate: Candidate, how: Reconstruction) -> None:
+        kept, masks = self.kept(candidate), self.masks(candidate)
+        if kept:
+            layers, outputs = lost_inputs(self.structure, kept)
+        else:
+            parameters = {f"{name}.weight": name for name, _ in model.named_modules()}
+            layers = {parameters[key]: mask for key, mask in masks.items() if key in parameters}
+            outputs = {}
+        batches = self._splits.batches("calibration")[: how.batches]
+        dense = self.build(Candidate(how.dense))
+        reconstruct(
+            model,
+            dense,
+            layers,
+            outputs,
+            self.task.forward,
+            batches,
+            damping=how.damping,
+        )
 
     def _load(self, digest: str) -> None:
         """Loads weights into the host's own model, those of a slim one in their dense places."""

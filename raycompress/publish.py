@@ -146,6 +146,7 @@ def _params(plan: Plan) -> dict[str, str | int | float | bool | None]:
         "seed": config.seed,
         "pruners": str(list(config.pruners)),
         "budgets": str(list(config.budgets)),
+        "reconstruct": str(config.reconstruct),
         "recover": str(config.recover),
     }
 

@@ -22,6 +22,7 @@ from raycompress.collect import Collector
 from raycompress.errors import EvaluationError
 from raycompress.method import TrainingMethod
 from raycompress.plain import from_plain, to_plain
+from raycompress.reconstruction import Reconstruction
 from raycompress.task import Split
 
 __all__ = [
@@ -110,6 +111,8 @@ class Candidate:
         training: What is trained first; None: nothing.
         collect: What is collected of the weights over calibration data, in place of a judgement:
             the trial's `weights` is then the digest of the statistics. None: nothing.
+        reconstruct: Layers that lost inputs or weights imitate the dense ones first, by least
+            squares; None: they stay as they are.
     """
 
     weights: str
@@ -118,6 +121,7 @@ class Candidate:
     recalibrate: int = 0
     training: Training | None = None
     collect: Collector | None = None
+    reconstruct: Reconstruction | None = None
 
     @staticmethod
     def of(
@@ -153,6 +157,7 @@ class Candidate:
             if training is None
             else {**vars(training), "methods": [to_plain(m) for m in training.methods]},
             "collect": None if self.collect is None else to_plain(self.collect),
+            "reconstruct": None if self.reconstruct is None else dict(vars(self.reconstruct)),
         }
 
     @staticmethod
@@ -170,6 +175,9 @@ class Candidate:
             recalibrate=key["recalibrate"],
             training=training,
             collect=None if collect is None else from_plain(collect, Collector),
+            reconstruct=None
+            if key["reconstruct"] is None
+            else Reconstruction(**key["reconstruct"]),
         )
 
     def with_training(self, training: Training | None) -> Candidate:

@@ -177,7 +177,9 @@ def run_trial(
         winner = run_search(pruner.search(problem), pool, on_step)
         judged = pool.evaluate([winner])[0]
         if judged.weights is not None:  # what was trained is the winner, not the training
-            winner = replace(winner, weights=judged.weights, training=None, recalibrate=0)
+            winner = replace(
+                winner, weights=judged.weights, training=None, recalibrate=0, reconstruct=None
+            )
         for ranking in pool.rankings.values():
             save_ranking(ranking, shared.output / "rankings")
         result = {
