@@ -95,21 +95,22 @@ def overview(structure: Structure, width: int) -> list[RenderableType]:
     steps = {(s.group, s.step) for s in step_dependencies(structure)}
     cells = {
         "group": [g.group for g in groups],
-        "pruned together": [_list(g.layers) for g in groups],
+        "pruned with": [_list([n for n in g.layers if n != g.group]) for g in groups],
         "read by": [_list(g.readers) for g in groups],
         "channels": [str(g.channels) for g in groups],
-        "outputs each": [
+        "outputs": [
             _list([str(n) for name, n in sorted(steps) if name == g.group]) for g in groups
         ],
-        "parameters each": [_number(g.params) for g in groups],
+        "params": [_number(g.params) for g in groups],
         "not exact because of": [g.reason for g in groups],
     }
     if width < WIDE:
         del cells["read by"]
     if all(g.exact for g in groups):
         del cells["not exact because of"]
-    right = {"channels", "outputs each", "parameters each"}
-    shown.append(_table(f"{len(groups)} channel groups", cells, right))
+    right = {"channels", "outputs", "params"}
+    title = f"{len(groups)} channel groups (outputs and params of one channel)"
+    shown.append(_table(title, cells, right))
     frozen = frozen_dims(structure)
     cells = {
         "reason": [f.reason for f in frozen],
@@ -118,6 +119,8 @@ def overview(structure: Structure, width: int) -> list[RenderableType]:
     }
     if frozen:
         shown.append(_table("Frozen: parameter[dim] that can't be pruned", cells, {"dims"}))
+    if structure.form == "graph":
+        shown.append("Slim models take graph form: module form would keep more of these whole.\n")
     if structure.unknown_ops:
         names = (f"{op} in {module or '(model)'}" for op, module in structure.unknown_ops.items())
         shown.append(escape(f"Operators without a rule: {', '.join(names)}\n"))

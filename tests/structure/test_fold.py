@@ -166,6 +166,19 @@ def test_folded_model_computes_what_the_masked_weights_compute(name: str) -> Non
     assert verify(masked, slim(masked, structure, kept), (other(x),)).max_error > 1e-4
 
 
+def test_graph_form_takes_constants_into_biases_that_are_there() -> None:
+    model = built(copy.deepcopy(EXACT["linear"][0]))
+    x = image(4, 7)
+    structure = analyze(model, x, form="graph")
+    masked = weights_masked(model, {"0": [1]})
+    folding = fold_constants(masked, structure, {"0": [0, 2, 3, 4, 5]}, x)
+    assert folding.exact and folding.layers[0].folded
+    assert verify(masked, folding.model, (other(x),)).max_error < 1e-10
+    masked = weights_masked(model, {"2": [1]})
+    folding = fold_constants(masked, structure, {"2": [0, 2, 3, 4]}, x)
+    assert folding.reasons == ("4: it has no bias, and graph form takes none",)
+
+
 def test_a_bias_by_hand() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2, bias=False)).double()
     model[0].bias.data = torch.tensor([3.0, -1.0]).double()
