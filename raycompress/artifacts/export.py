@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,13 +115,16 @@ def exported(model: nn.Module, inputs: Inputs) -> tuple[torch.export.ExportedPro
     if inputs.batch is not None:
         # torch takes a size of 0 or 1 for a constant.
         several = inputs.resized(max(2, inputs.batch))
-        bound = inspect.signature(model.forward).bind(*several.args, **several.kwargs)
         free = {0: torch.export.Dim.DYNAMIC}
-        shapes = tree_map(lambda v: free if several.is_batched(v) else None, bound.arguments)
         try:
-            program = torch.export.export(
-                model, several.args, several.kwargs, dynamic_shapes=shapes
-            )
+            with _named_keywords(model, several):
+                bound = inspect.signature(model.forward).bind(*several.args, **several.kwargs)
+                shapes = tree_map(
+                    lambda v: free if several.is_batched(v) else None, bound.arguments
+                )
+                program = torch.export.export(
+                    model, several.args, several.kwargs, dynamic_shapes=shapes
+                )
             return program, several, ""
         except Exception as error:  # whatever the model's own code raises
             reason = first_line(error)
@@ -131,6 +135,30 @@ def exported(model: nn.Module, inputs: Inputs) -> tuple[torch.export.ExportedPro
             f"torch.export can't export {type(model).__name__}: {type(error).__name__}: "
             f"{first_line(error)}"
         ) from error
+
+
+@contextmanager
+def _named_keywords(model: nn.Module, inputs: Inputs) -> Iterator[None]:
+    """Names the keywords that a `forward(**inputs)` is called with: torch 2.13 wants names."""
+    forward = model.forward
+    signature = inspect.signature(forward)
+    named = [p for p in signature.parameters.values() if p.kind != p.VAR_KEYWORD]
+    extra = [name for name in inputs.kwargs if name not in signature.parameters]
+    if not extra:
+        yield
+        return
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    keywords = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in extra]
+    # Functions have this attribute only once it is set, which mypy doesn't know.
+    call.__signature__ = signature.replace(parameters=[*named, *keywords])  # type: ignore[attr-defined]
+    model.forward = call
+    try:
+        yield
+    finally:
+        model.forward = forward
 
 
 def compare(

@@ -121,6 +121,25 @@ def test_keyword_inputs_and_inputs_without_a_batch(tmp_path):
     assert got["sum"].tolist() == [[2.0] * 5] * 7 and got["rest"][0].tolist() == [[5.0] * 3] * 7
 
 
+class Anything(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Named()
+
+    def forward(self, scale, **inputs):
+        return scale * self.inner(**inputs)["sum"]
+
+
+def test_keywords_that_forward_does_not_name(tmp_path):
+    inputs = {"scale": torch.ones(2, 5), "b": torch.randn(2, 5), "a": torch.randn(2, 5)}
+    model = Anything()
+    saved = save_pt2(model, {**inputs, "table": torch.randn(5, 3)}, tmp_path / "any.pt2")
+    assert saved.dynamic_batch, saved.reason
+    other = {n: torch.full((7, 5), 3.0) for n in inputs}
+    assert load_pt2(saved.path)(**other, table=torch.ones(5, 3)).tolist() == [[18.0] * 5] * 7
+    assert "forward" not in vars(model)
+
+
 class Unusual(nn.Module):
     """Names with hyphens and blanks, keys beyond ASCII."""
 
