@@ -19,8 +19,9 @@ from raycompress.collect import Probe
 from raycompress.criteria.criterion import Criterion, Statistics
 from raycompress.errors import ConfigError, EvaluationError
 from raycompress.structure import ChannelGroup
-from raycompress.structure.activations import Site, Sites, activation_sites, watch
+from raycompress.structure.activations import Site, Sites, activation_sites
 from raycompress.structure.leaves import flat
+from raycompress.structure.watch import watch
 
 __all__ = ["APoZ", "ActivationCriterion", "MeanActivation"]
 

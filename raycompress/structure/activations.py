@@ -10,26 +10,23 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import count
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from raycompress.errors import StructureError
 from raycompress.structure.closure import close
-from raycompress.structure.labels import Facets, varying
+from raycompress.structure.labels import Facets, LabelSpace, varying
 from raycompress.structure.model import Structure
 from raycompress.structure.operators import find_rule
 from raycompress.structure.pools import along
-from raycompress.structure.quiet import quiet
 from raycompress.structure.trace import Call, Rule, Trace, trace
 
-__all__ = ["Site", "Sites", "activation_sites", "watch"]
+__all__ = ["WATCHED", "Site", "Sites", "activation_sites", "operator_name", "output_of"]
 
 Ids = NDArray[np.int64]
 
@@ -52,6 +49,8 @@ _CONTRACTED = {
     "aten::bmm": (("self", -1), ("mat2", -2)),
     "aten::baddbmm": (("batch1", -1), ("batch2", -2)),
 }
+WATCHED = _ACTIVATIONS | set(_CONTRACTED)
+"""Names of the operators that are counted."""
 _GATE = "_raycompress_gate"
 
 
@@ -113,7 +112,7 @@ def activation_sites(
     """
     finder = _Finder()
     seen = trace(_Forward(model, forward), (batch,), {}, finder.find)
-    root, group_of, channel_of = _owners(seen, structure)
+    numbers, group_of, channel_of = _owners(seen, structure)
     activations = [o for o in finder.activations if o.ordinal not in finder.gates]
     found: list[Site] = []
     for operators in (activations, finder.inputs):
@@ -121,8 +120,8 @@ def activation_sites(
         carrying: dict[int, list[Site]] = defaultdict(list)
         for each in operators:
             called = f"{each.module} {finder.operators[each.ordinal].partition('::')[2]}".strip()
-            for dim, line in each.lines(root):
-                for number in np.unique(group_of[line][group_of[line] >= 0]):
+            for dim, line in each.lines(numbers):
+                for number in np.unique(group_of[line[line > 0]]).tolist():
                     positions = np.flatnonzero(group_of[line] == number)
                     channels = channel_of[line[positions]]
                     place = each.ordinal, each.operand, dim, len(line)
@@ -145,23 +144,6 @@ def _comparable(sites: list[Site], num_channels: int) -> list[Site]:
     return [replace(s, name="parts") for s in sites] if len(together) == num_channels else []
 
 
-@contextmanager
-def watch(model: nn.Module, sites: Sites, see: Callable[[Site, Tensor], None]) -> Iterator[None]:
-    """Shows the tensors at the sites to `see` while the model runs once, in eval mode.
-
-    Raises:
-        StructureError: the pass runs other operators than the one in which the sites were found.
-    """
-    mode = _Watch(sites, see)
-    with quiet(model), mode:
-        yield
-    if mode.count != len(sites.operators):
-        raise StructureError(
-            f"the model ran {mode.count} activations and layers, not {len(sites.operators)} as "
-            "before on inputs of the same shapes: what it runs depends on its input's values"
-        )
-
-
 class _Forward(nn.Module):
     """A model with the way it is called."""
 
@@ -182,16 +164,16 @@ class _Operator:
     operand: str = ""
     dim: int | None = None
 
-    def lines(self, root: Ids) -> list[tuple[int, Ids]]:
-        """(dim, classes) along which channels lie."""
+    def lines(self, numbers: Ids) -> list[tuple[int, Ids]]:
+        """(dim, numbers of the channels that lie along it)."""
         found = []
         for facet in self.facets:
-            classes = root[facet.numpy()]
-            if (classes == classes.flat[0]).all():  # one channel has all of them, along any dim
+            own = numbers[facet.numpy()]
+            if (own == own.flat[0]).all():  # one channel has all of them, along any dim
                 dim = varying(facet)[-1]
-                found.append((dim, np.full(facet.shape[dim], classes.flat[0])))
+                found.append((dim, np.full(facet.shape[dim], own.flat[0])))
             else:
-                found += along(facet, root)
+                found += along(facet, numbers)
         return [(dim, line) for dim, line in found if self.dim in (None, dim)]
 
 
@@ -207,7 +189,7 @@ class _Finder:
     def find(self, func: Any) -> Rule | None:
         """The rule of an operator, which also remembers what is watched."""
         rule = find_rule(func)
-        look = self._look(_name(func))
+        look = self._look(operator_name(func))
         if rule is None:
             return None
 
@@ -223,8 +205,8 @@ class _Finder:
         return self._layer if name in _CONTRACTED else self._passed
 
     def _activation(self, call: Call) -> None:
-        out, ordinal = _output(call.out), len(self.operators)
-        name = _name(call.func)
+        out, ordinal = output_of(call.out), len(self.operators)
+        name = operator_name(call.func)
         self.operators.append(name)
         if not call.tracer.is_data(out):
             return
@@ -234,7 +216,7 @@ class _Finder:
 
     def _layer(self, call: Call) -> None:
         ordinal = len(self.operators)
-        name = _name(call.func)
+        name = operator_name(call.func)
         self.operators.append(name)
         for operand, dim in _CONTRACTED[name]:
             tensor: Tensor = call.arg(operand)
@@ -250,76 +232,49 @@ class _Finder:
         gates = [getattr(t, _GATE) for t in tensors if hasattr(t, _GATE)]
         if len(tensors) == 1 and gates and isinstance(call.out, Tensor):
             setattr(call.out, _GATE, gates[0])
-        elif _name(call.func) in _PRODUCTS:
+        elif operator_name(call.func) in _PRODUCTS:
             self.gates.update(gates)
 
 
-class _Watch(TorchDispatchMode):
-    def __init__(self, sites: Sites, see: Callable[[Site, Tensor], None]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.sites = sites
-        self.see = see
-        self.count = 0
-        self.at: dict[int, list[Site]] = defaultdict(list)
-        for site in sites.found:
-            self.at[site.ordinal].append(site)
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        name = _name(func)
-        out = func(*args, **(kwargs or {}))
-        if name not in _ACTIVATIONS and name not in _CONTRACTED:
-            return out
-        ordinal = self.count
-        self.count += 1
-        known = self.sites.operators
-        if ordinal >= len(known) or known[ordinal] != name:
-            before = f"{known[ordinal]} stood" if ordinal < len(known) else "no operator was left"
-            raise StructureError(
-                f"the model runs {name} where {before} before on inputs of the same shapes: what "
-                "it runs depends on its input's values"
-            )
-        for site in self.at.get(ordinal, ()):
-            tensor = _output(out)
-            if site.operand:
-                tensor = _argument(func, args, kwargs or {}, site.operand)
-            if tensor.dim() <= site.dim or tensor.shape[site.dim] != site.size:
-                raise StructureError(
-                    f"{site.name} of group {site.group!r} gave {site.size} channels along dim "
-                    f"{site.dim} before, and now has the shape {tuple(tensor.shape)}"
-                )
-            self.see(site, tensor)
-        return out
-
-
 def _owners(seen: Trace, structure: Structure) -> tuple[Ids, Ids, Ids]:
-    """Class of each label, and group (-1: none) and channel of each class."""
+    """For each label the number of its channel (0: none), and each number's group and channel.
+
+    The structure says what goes together, in whichever form it was found; here it is only followed
+    along the pass: what is united has one channel, and so has a conjunction of that channel alone.
+    """
+    space = seen.space
+    root = close(LabelSpace(space.count, list(space.edges))).root
     leaves = {leaf.name.removeprefix("model."): leaf for leaf in seen.leaves}
-    labels = [
-        (number, leaf.starts[member.dim] + member.indices)
-        for number, group in enumerate(structure.groups)
-        for member in group.members
-        if (leaf := leaves[member.parameter]).starts and leaf.starts[member.dim]
-    ]
-    policies: tuple[Literal["whole", "dim"], ...] = ("whole", "dim")
-    for heads in policies:  # the structure doesn't say which was its own
-        root = close(seen.space, heads).root
-        group_of = np.full(int(root.max()) + 1, -1, dtype=np.int64)
-        channel_of = group_of.copy()
-        for number, ids in labels:
-            group_of[root[ids]] = number
-            channel_of[root[ids]] = np.arange(len(ids))[:, None]
-        if all(
-            (group_of[root[ids]] == number).all()
-            and (channel_of[root[ids]] == np.arange(len(ids))[:, None]).all()
-            for number, ids in labels
-        ):
-            return root, group_of, channel_of
-    raise StructureError("the structure is of another model, or of another way to run it")
+    group_of, channel_of = [np.array([-1])], [np.array([-1])]
+    number = np.zeros(int(root.max()) + 1, dtype=np.int64)
+    first = 1
+    for at, group in enumerate(structure.groups):
+        mine = np.arange(first, first + group.num_channels)
+        for member in group.members:
+            starts = leaves[member.parameter].starts
+            if starts and starts[member.dim]:
+                classes = root[starts[member.dim] + member.indices]
+                other = (number[classes] != 0) & (number[classes] != mine[:, None])
+                if other.any():
+                    raise StructureError("the structure is of another model")
+                number[classes] = mine[:, None]
+        group_of.append(np.full(group.num_channels, at))
+        channel_of.append(np.arange(group.num_channels))
+        first += group.num_channels
+    number[root[0]] = 0
+    found = -1
+    while found < np.count_nonzero(number):
+        found = int(np.count_nonzero(number))
+        for c in space.conjunctions:
+            children = number[root[c.children]]
+            same = (children == children[:, :1]).all(axis=1) & (c.ids != 0)
+            same &= number[root[c.ids]] == 0
+            number[root[c.ids[same]]] = children[same, 0]
+    return number[root], np.concatenate(group_of), np.concatenate(channel_of)
 
 
-def _name(func: Any) -> str:
+def operator_name(func: Any) -> str:
+    """Name of an operator without overload and without the underscore of in-place variants."""
     name: str = func._schema.name
     return name.removesuffix("_")
 
@@ -328,11 +283,7 @@ def _module(call: Call) -> str:
     return call.tracer.module.removeprefix("model").removeprefix(".")
 
 
-def _argument(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
-    place = next(i for i, a in enumerate(func._schema.arguments) if a.name == name)
-    return args[place] if place < len(args) else kwargs[name]
-
-
-def _output(out: Any) -> Tensor:
+def output_of(out: Any) -> Tensor:
+    """The first tensor that an operator returned."""
     first: Tensor = out if isinstance(out, Tensor) else out[0]
     return first

@@ -18,7 +18,8 @@ from raycompress.criteria import ActivationCriterion, APoZ, MeanActivation
 from raycompress.errors import ConfigError, EvaluationError, StructureError
 from raycompress.pruning import ActivationAPoZRank, ActivationMeanRank
 from raycompress.structure import Member, analyze
-from raycompress.structure.activations import activation_sites, watch
+from raycompress.structure.activations import activation_sites
+from raycompress.structure.watch import watch
 
 BOTH = [APoZ(), MeanActivation()]
 
@@ -304,6 +305,37 @@ def test_concatenations_and_shared_layers():
 
     x, _ = images()
     assert sites_of(Dense(), x) == {"a": ["relu 1", "relu 2"], "b": ["relu 1"]}
+
+
+@pytest.mark.parametrize("options", [{"heads": "whole"}, {"heads": "dim"}, {"form": "graph"}])
+def test_structures_of_every_form_have_their_sites(options, randomised):
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.norm = nn.Linear(5, 16), nn.LayerNorm(16)
+            self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
+            self.up, self.down, self.head = nn.Linear(16, 24), nn.Linear(24, 16), nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.embed(x)
+            y = self.norm(x)
+            x = x + self.attention(y, y, y, need_weights=False)[0]
+            logits: Tensor = self.head((x + self.down(F.silu(self.up(x)))).mean(1))
+            return logits
+
+    model = randomised(Block())
+    x = torch.randn(6, 7, 5, generator=torch.Generator().manual_seed(0))
+    probe = probe_of(Given(model, x, torch.arange(6) % 3, 4), 4)
+    probe = replace(probe, structure=analyze(model, (x,), **options))
+    found = scores_of(MeanActivation(), probe)
+    assert {"embed", "up"} <= set(found)
+    assert all(s.isfinite().all() and s.min() > 0 for s in found.values())
+    with torch.no_grad():
+        hidden: list[Tensor] = []
+        model.up.register_forward_hook(lambda *args: hidden.append(F.silu(args[2])))
+        model(x)
+    expected = brute_force(MeanActivation(), hidden[0], 2)
+    torch.testing.assert_close(found["up"], expected / expected.mean(), rtol=1e-5, atol=1e-6)
 
 
 def test_a_group_of_one_channel_is_seen():
