@@ -308,6 +308,12 @@ class Repair:
         used = [*(i for _, _, i in remedy.places), *remedy.whole, *sum(remedy.tied, ())]
         if len(theirs) != len(mine) or any(i not in to for i in used):
             return None
+        for sizes in remedy.tied:
+            lines = [_line(self._seen.sizes[to[i]]) for i in sizes]
+            if any(
+                line is None or lines[0] is None or len(line) != len(lines[0]) for line in lines
+            ):
+                return None
         held = {(a, p): v for a, p, v in integers(self._modules[name])}
         for attribute, position, i in remedy.places:
             if i >= 0 and held.get((attribute, position)) != self._seen.sizes[to[i]].value:
