@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_aggregate
 
 from raycompress.structure.model import Kept, Structure
 from raycompress.structure.slim import cut_tensors
@@ -24,6 +25,7 @@ class SlimGraph(GraphModule):
     exported graph holds as arguments. What the model's code did in training only (stochastic
     depth, dropout inside attention, counting batches) isn't in the graph, which was exported in
     evaluation mode. A layer that was always in evaluation mode follows `train()` too.
+    `to(...)` also moves what the graph creates.
     """
 
     def train(self, mode: bool = True) -> SlimGraph:
@@ -38,6 +40,16 @@ class SlimGraph(GraphModule):
         super().train(mode)
         return self
 
+    def _apply(self, fn: Any, recurse: bool = True) -> SlimGraph:
+        old = _place(self)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        new = _place(self)
+        if old is not None and new is not None and old != new:
+            for node in self.graph.nodes:
+                _move(node, *old, *new)
+            self.recompile()
+        return self
+
     def __deepcopy__(self, memo: dict[int, Any]) -> SlimGraph:
         result = super().__deepcopy__(memo)
         assert isinstance(result, SlimGraph)
@@ -47,6 +59,31 @@ class SlimGraph(GraphModule):
                 name
             )._non_persistent_buffers_set |= module._non_persistent_buffers_set
         return result
+
+
+_FILLS = frozenset("zeros ones full empty new_zeros new_ones new_full new_empty".split())
+
+
+def _place(module: nn.Module) -> tuple[torch.device, torch.dtype] | None:
+    """Device and type of a module's first floating tensor."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.is_floating_point():
+            return tensor.device, tensor.dtype
+    return None
+
+
+def _move(
+    node: Node, device: torch.device, dtype: torch.dtype, to: torch.device, as_type: torch.dtype
+) -> None:
+    """Devices that are written in an instruction follow, and types of what it fills."""
+
+    def moved(value: Any) -> Any:
+        return to if isinstance(value, torch.device) and value == device else value
+
+    mapped: Any = map_aggregate  # declared for nodes alone
+    node.args, node.kwargs = mapped(node.args, moved), mapped(node.kwargs, moved)
+    if getattr(node.target, "_opname", "") in _FILLS and node.kwargs.get("dtype") == dtype:
+        node.update_kwarg("dtype", as_type)
 
 
 def _follow_mode(node: Node) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hardcoded import HARDCODED, Halves, Heads, LayerNormed, Tied, Views
+from hardcoded import HARDCODED, Created, Halves, Heads, LayerNormed, Recurrent, Tied, Views
 from test_slim import half, masked, randomised
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -155,6 +155,19 @@ def test_batch_norm_uses_the_batch_in_train_mode_as_a_module_does() -> None:
     for name, buffer in graph.named_buffers():
         if "tracked" not in name:
             assert torch.allclose(buffer, module.get_buffer(name), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("kind", [Recurrent, Created], ids=lambda c: c.__name__)
+def test_what_the_graph_creates_follows_type_and_device(kind: type[nn.Module]) -> None:
+    model = randomised(kind())
+    structure = analyze(model, inputs(kind, 2), form="graph")
+    small = slim(model, structure, half(structure))
+    x = inputs(kind, 3)
+    expected = small(x)
+    single = copy.deepcopy(small).float()
+    assert torch.allclose(single(x.float()), expected.float(), atol=1e-4)
+    assert torch.allclose(single.double()(x), expected, atol=1e-4)
+    assert small.to("meta")(x.to("meta")).shape == expected.shape
 
 
 _FRESH = """
