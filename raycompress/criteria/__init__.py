@@ -6,6 +6,7 @@ from raycompress.criteria.criterion import Criterion, channel_rows, parameter_na
 from raycompress.criteria.fpgm import GeometricMedian
 from raycompress.criteria.lamp import LAMP
 from raycompress.criteria.magnitude import L1, L2, Magnitude
+from raycompress.criteria.random import Random
 from raycompress.criteria.taylor import Taylor
 from raycompress.criteria.wanda import Wanda
 from raycompress.errors import ConfigError
@@ -24,6 +25,7 @@ __all__ = [
     "GeometricMedian",
     "Magnitude",
     "MeanActivation",
+    "Random",
     "Taylor",
     "Wanda",
     "channel_rows",
@@ -43,6 +45,7 @@ CRITERIA: dict[str, Criterion] = {
     "bn_scale": BNScale(),
     "lamp": LAMP(),
     "wanda": Wanda(),
+    "random": Random(),
 }
 """Criteria by the names that jobs use."""
 

@@ -2,6 +2,7 @@
 
 from raycompress.pruning.admm import ADMM
 from raycompress.pruning.agp import AGP
+from raycompress.pruning.controls import FromScratch, RandomFilter
 from raycompress.pruning.filters import ActivationAPoZRank, ActivationMeanRank, TaylorFO
 from raycompress.pruning.fine_grained import LAMP, FineGrained, Level, Wanda
 from raycompress.pruning.fpgm import FPGM
@@ -22,6 +23,7 @@ __all__ = [
     "ActivationAPoZRank",
     "ActivationMeanRank",
     "FineGrained",
+    "FromScratch",
     "Iterative",
     "L1Filter",
     "L2Filter",
@@ -31,6 +33,7 @@ __all__ = [
     "OneShot",
     "Problem",
     "Pruner",
+    "RandomFilter",
     "SimulatedAnnealing",
     "Slim",
     "SoftFilter",

@@ -17,8 +17,8 @@ class FPGM(ChannelPruner):
     Unlike a small norm, a small distance says that a filter is redundant: the ranking doesn't
     change if the same tensor is added to all filters of a layer.
 
-    Deviation from the paper: pruning is one-shot, where theirs zeroes filters after each epoch of
-    training and lets them grow back.
+    Deviation from the paper: pruning is one-shot. `SoftFilter` with this criterion trains as the
+    paper does: filters are zeroed after each epoch, and may grow back.
     """
 
     def scorer(self) -> Criterion:

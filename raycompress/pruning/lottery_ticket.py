@@ -113,7 +113,7 @@ def reinitialised(model: nn.Module, seed: int) -> nn.Module:
                 reset()
             elif any(True for _ in module.parameters(recurse=False)):
                 raise ConfigError(
-                    f"LotteryTicket.reinit: {name or 'the model'} ({type(module).__name__}) has "
-                    "parameters, and no reset_parameters()"
+                    f"new weights can't be drawn: {name or 'the model'} ({type(module).__name__}) "
+                    "has parameters, and no reset_parameters()"
                 )
     return copied

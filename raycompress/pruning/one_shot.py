@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -14,7 +14,7 @@ from raycompress.errors import ConfigError
 from raycompress.pruning.allocation import Competition, below_budget
 from raycompress.pruning.pruner import Problem, Pruner, allocator
 from raycompress.pruning.units import Units, check_sparsity, plan_units
-from raycompress.search import Candidate, Search
+from raycompress.search import Candidate, Search, Trial
 from raycompress.targets import POOL_KEYS
 
 __all__ = ["ChannelPruner", "L1Filter", "L2Filter", "OneShot"]
@@ -59,6 +59,11 @@ class ChannelPruner(Pruner):
     def scorer(self) -> Criterion:
         """The criterion."""
 
+    def prepared(self, problem: Problem) -> Generator[Sequence[Candidate], list[Trial], str]:
+        """Digest of the weights that are scored and pruned; the dense model's own by default."""
+        yield from ()
+        return problem.weights
+
     def search(self, problem: Problem) -> Search:
         """Returns as soon as the channels are scored."""
         chosen, name = self.scorer(), type(self).__name__
@@ -74,9 +79,11 @@ class ChannelPruner(Pruner):
         contest = self.scope == "global" and problem.budget is not None
         if contest:  # what can't be met is refused before anything is scored
             allocator(problem, units.names, name, self.round_to, self.min_kept)
-        scores = yield from problem.scores(chosen, units.names)
+        weights = yield from self.prepared(problem)
+        scores = yield from problem.scores(chosen, units.names, weights)
         counts = self._within(problem, units, scores) if contest else units.final(scores)
-        winner: Candidate = problem.candidate(counts, problem.ranking(chosen.kind, scores))
+        ranking = problem.ranking(chosen.kind, scores)
+        winner: Candidate = problem.candidate(counts, ranking, weights=weights)
         return winner
 
     def _within(
