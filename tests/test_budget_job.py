@@ -154,3 +154,21 @@ def test_a_pruner_by_itself_measures_its_table():
     model = task.build_model().eval()
     masks = L1Filter().prune(model, task, budget={"latency_ms": "99%", "macs": "50%"})
     assert set(masks) <= {name for name, _ in model.named_parameters()} and masks
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_trials_on_ray_use_the_table_of_the_job(tmp_path):
+    job = {
+        **JOB,
+        "cluster": {"replicas": 2, "cpus": 0.5, "unit_timeout": 60.0},
+        "output": str(tmp_path / "o"),
+    }
+    result = run(job)
+    assert len(list((tmp_path / "o/latency").iterdir())) == 1
+    for trial in result.trials:
+        limit = next(limit for limit in trial.limits if limit.resource == "latency_ms")
+        assert limit.predicted > 0 and limit.measured == trial.row("slim").at(128).median_ms
+    again = run({**job, "cluster": {"executor": "local"}})  # the same table, the same prices
+    for one, two in zip(result.trials, again.trials, strict=True):
+        assert one.counts == two.counts and one.limits[0].predicted == two.limits[0].predicted

@@ -87,6 +87,7 @@ class LatencyTable:
         second: group along the second axis, or the first again, shape (layers,).
         grids: microseconds, shape (layers, q, q).
         rated: names of the layers with rates; the last stands for all that is no layer.
+        places: their positions among the cost model's layers, shape (rated,).
         rates: microseconds: constant, for each byte, for each multiply-add, shape (rated, 3).
         overhead_ms: milliseconds of a pass outside of all layers; below 0 where hooks cost more.
         scale: of all layers' times.
@@ -104,6 +105,7 @@ class LatencyTable:
     second: Ints
     grids: Floats
     rated: tuple[str, ...]
+    places: Ints
     rates: Floats
     overhead_ms: float
     scale: float
@@ -155,10 +157,8 @@ class LatencyTable:
         return times
 
     def _rated_times(self, counts: Ints) -> Floats:
-        costs = _layer_costs(self.sizes, counts)
-        names = (*self.sizes.layers, REST)
-        places = [names.index(name) for name in self.rated]
-        times: Floats = (self.rates * costs[places]).sum(axis=1)
+        costs = _layer_costs(self.sizes, counts)[self.places]
+        times: Floats = (self.rates * costs).sum(axis=1)
         return times
 
 
@@ -283,6 +283,7 @@ def _fitted(
         second=np.array(second, dtype=np.int64),
         grids=np.array(grids).reshape(-1, q, q),
         rated=tuple(rated),
+        places=np.array([[*sizes.layers, REST].index(name) for name in rated], dtype=np.int64),
         rates=np.array(rates).reshape(-1, 3),
         overhead_ms=0.0,
         scale=1.0,
