@@ -8,9 +8,11 @@ A suite is a class with tests; inherit it in a test module and say what is teste
 
 from __future__ import annotations
 
+import json
 import pickle
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -18,14 +20,16 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from raycompress.budget import Budget
+from raycompress.criteria import Criterion
 from raycompress.executor import LocalExecutor
+from raycompress.ledger import Ledger
 from raycompress.pruning.pruner import Problem, Pruner
-from raycompress.search import Candidate, Trial, run_search
+from raycompress.search import Candidate, Search, Training, Trial, run_search
 from raycompress.structure import analyze
 from raycompress.task import ClassificationTask, Split
 from raycompress.weights import Weights, WeightStore
 
-__all__ = ["PrunerContract", "ToyNet", "ToyTask"]
+__all__ = ["CriterionContract", "PrunerContract", "ToyNet", "ToyTask", "toy_problem"]
 
 
 class ToyNet(nn.Module):
@@ -158,6 +162,123 @@ class PrunerContract:
             for name, tensor in problem.model.state_dict().items():
                 assert torch.equal(tensor, before[name]), name
 
+    def test_stopped_anywhere_it_goes_on(self) -> None:
+        """A search that starts again ends as an undisturbed one, and repeats no finished work."""
+        with tempfile.TemporaryDirectory() as folder:
+            problem, executor = toy_problem(folder, self.budget)
+            answered: list[list[Trial]] = []
+            search = self.pruner.search(problem)
+            winner = run_search(search, executor, lambda _, step: answered.append(list(step)))
+            for stop in {0, len(answered) // 2, len(answered)}:
+                with Ledger(f"{folder}/ledger{stop}", "trial") as ledger:
+                    task, structure = executor.host.task, problem.structure
+                    first = LocalExecutor(task, structure, problem.store, ledger=ledger)
+                    halted = self.pruner.search(replace(problem, executor=first))
+                    asked = _start(halted)
+                    for _ in range(stop):
+                        asked = _go_on(halted, first.evaluate(asked)) if asked else None
+                    halted.close()
+                    again = LocalExecutor(task, structure, problem.store, ledger=ledger)
+                    seen: list[list[Trial]] = []
+                    assert winner == run_search(
+                        self.pruner.search(replace(problem, executor=again)),
+                        again,
+                        lambda _, step, seen=seen: seen.append(list(step)),  # type: ignore[misc]
+                    )
+                    assert all(t.replayed for step in seen[:stop] for t in step)
+                    for step, expected in zip(seen, answered, strict=True):
+                        assert [t.weights for t in step] == [t.weights for t in expected]
+                        assert [t.shards for t in step] == [t.shards for t in expected]
+
     def test_pickles(self) -> None:
         """A pruner travels to a trial's process."""
         assert pickle.loads(pickle.dumps(self.pruner)) == self.pruner
+
+
+def _start(search: Search) -> Sequence[Candidate] | None:
+    try:
+        return next(search)
+    except StopIteration:
+        return None
+
+
+def _go_on(search: Search, trials: list[Trial]) -> Sequence[Candidate] | None:
+    try:
+        return search.send(trials)
+    except StopIteration:
+        return None
+
+
+class CriterionContract:
+    """What every criterion must do; inherit it and set `criterion`.
+
+    Attributes:
+        criterion: The instance under test.
+    """
+
+    criterion: ClassVar[Criterion]
+
+    def _scores(
+        self, problem: Problem, executor: LocalExecutor, weights: str | None = None
+    ) -> dict[str, Tensor]:
+        """Scores as a search gets them, statistics collected by the host."""
+        fine = self.criterion.kind == "weights"
+        names = list(problem.layers() if fine else problem.groups())
+        search = problem.scores(self.criterion, names, weights)
+        try:
+            asked = next(search)
+            while True:
+                asked = search.send(executor.evaluate(asked))
+        except StopIteration as stop:
+            scores: dict[str, Tensor] = stop.value
+            return scores
+
+    def test_one_finite_score_for_each_unit(self) -> None:
+        """Shape (C,) for channels, the parameter's shape for single weights."""
+        with tempfile.TemporaryDirectory() as folder:
+            problem, executor = toy_problem(folder)
+            scores = self._scores(problem, executor)
+        assert scores
+        for key, values in scores.items():
+            if self.criterion.kind == "channels":
+                assert values.shape == (problem.structure.group(key).num_channels,)
+            else:
+                assert values.shape == problem.model.get_parameter(key).shape
+            assert torch.isfinite(values).all()
+
+    def test_pure(self) -> None:
+        """The same scores twice; model, gradients and modes are left as they were."""
+        with tempfile.TemporaryDirectory() as folder:
+            problem, executor = toy_problem(folder)
+            before = {k: v.clone() for k, v in problem.model.state_dict().items()}
+            first, again = (self._scores(problem, executor) for _ in range(2))
+        assert all(torch.equal(first[key], again[key]) for key in first)
+        for name, tensor in problem.model.state_dict().items():
+            assert torch.equal(tensor, before[name]), name
+        assert all(p.grad is None for p in problem.model.parameters())
+        assert not any(module.training for module in problem.model.modules())
+
+    def test_what_is_gone_scores_lowest(self) -> None:
+        """Units that were removed before stay removed, whatever else is ranked."""
+        with tempfile.TemporaryDirectory() as folder:
+            problem, executor = toy_problem(folder)
+            scores = self._scores(problem, executor)
+            counts = {key: max(1, values.numel() // 2) for key, values in scores.items()}
+            ranking = problem.ranking(self.criterion.kind, scores)
+            asked = problem.candidate(counts, ranking, training=Training(0.0))
+            weights = executor.evaluate([asked])[0].trained()
+            after = self._scores(problem, executor, weights)
+            stored = problem.store.get(weights)
+        for key, values in after.items():
+            if self.criterion.kind == "weights":
+                gone = stored.state[key] == 0
+            else:
+                gone = torch.ones(len(values), dtype=torch.bool)
+                gone[list(stored.kept[key])] = False
+            assert torch.equal(torch.isneginf(values), gone)
+
+    def test_travels_as_plain_data(self) -> None:
+        """Into the ledger's keys and to replicas, and back."""
+        candidate = Candidate("w", collect=self.criterion)
+        assert Candidate.from_key(json.loads(json.dumps(candidate.key()))) == candidate
+        assert pickle.loads(pickle.dumps(self.criterion)) == self.criterion
