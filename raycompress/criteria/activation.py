@@ -7,6 +7,7 @@ Shapes: C channels of a group.
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from dataclasses import dataclass
 from itertools import islice
@@ -22,6 +23,7 @@ from raycompress.structure import ChannelGroup
 from raycompress.structure.activations import Site, Sites, activation_sites
 from raycompress.structure.leaves import flat
 from raycompress.structure.watch import watch
+from raycompress.task import move
 
 __all__ = ["APoZ", "ActivationCriterion", "MeanActivation"]
 
@@ -61,8 +63,16 @@ class ActivationCriterion(Criterion):
         known: dict[tuple[tuple[int, ...], ...], Sites] = {}
         channels = {group.name: group.num_channels for group in probe.structure.groups}
 
+        model = probe.model
+        # The fused recurrent kernels of GPUs show nothing of what is inside.
+        opaque = probe.device.type != "cpu" and any(
+            isinstance(m, nn.RNNBase) for m in model.modules()
+        )
+        if opaque:
+            model = copy.deepcopy(model).cpu()
+
         def run(batch: Any) -> Any:
-            return probe.task.forward(probe.model, batch)
+            return probe.task.forward(model, batch)
 
         def see(site: Site, activations: Tensor) -> None:
             key = f"{site.group} @ {site.name}"
@@ -76,10 +86,11 @@ class ActivationCriterion(Criterion):
                 totals[key] = totals.get(key, zeros).index_add(0, at, values)
 
         for batch in islice(probe.batches(), self.batches or None):
+            batch = move(batch, "cpu") if opaque else batch
             shapes = tuple(tuple(t.shape) for t in flat(batch))
             if shapes not in known:
-                known[shapes] = activation_sites(probe.model, probe.structure, run, batch)
-            with watch(probe.model, known[shapes], see):
+                known[shapes] = activation_sites(model, probe.structure, run, batch)
+            with watch(model, known[shapes], see):
                 run(batch)
         return {key: total / counts[key] for key, total in sums.items()}
 

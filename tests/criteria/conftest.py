@@ -32,10 +32,10 @@ class Given(ClassificationTask):
 
 def probe_of(task: Given, batch_size: int = 8, device: str = "cpu") -> Probe:
     """A probe of the task's model, whose examples come in batches of `batch_size`."""
-    model = task.model.to(device).eval()
+    structure = analyze(task.model.eval(), task.example_inputs())
     return Probe(
-        model=model,
-        structure=analyze(model, tuple(t.to(device) for t in task.example_inputs())),
+        model=task.model.to(device),
+        structure=structure,
         task=task,
         device=torch.device(device),
         batches=lambda: task.batches(task.data, range(len(task.data)), batch_size, device),

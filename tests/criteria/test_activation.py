@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from dataclasses import replace
 from typing import Any
 
@@ -151,8 +152,6 @@ def test_memory_holds_one_batch_and_no_activations(randomised):
             out = super().forward(model, batch)
             live.append(sum(t.numel() for t in tensors()))
             return out
-
-    import gc
 
     def tensors() -> list[Tensor]:
         return [o for o in gc.get_objects() if type(o) is Tensor and o.numel() > 500]
