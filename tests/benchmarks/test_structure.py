@@ -65,7 +65,7 @@ kept = {g.name: range(g.num_channels - g.num_channels // 2) for g in structure.g
 small = slim(model, structure, kept)
 """,
 }
-# Half of every group's channels, as in its README: one graph, then group after group.
+# One graph, then the same trailing half of the channels of group after group.
 PEER = {
     "imports": "import torch_pruning as tp",
     "first": "graph = tp.DependencyGraph().build_dependency(model, example_inputs=x)",
