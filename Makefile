@@ -6,7 +6,7 @@ OUTPUT ?= $(HOME)/.raycompress/quickstart
 export OMP_NUM_THREADS ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: demo test test-slow lint
+.PHONY: demo test test-slow lint zoo
 
 $(VENV)/.installed: pyproject.toml tests/constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -16,6 +16,8 @@ $(VENV)/.installed: pyproject.toml tests/constraints.txt
 $(VENV)/.zoo: $(VENV)/.installed tests/requirements-zoo.txt
 	$(BIN)/pip install -q --no-deps -r tests/requirements-zoo.txt
 	touch $@
+
+zoo: $(VENV)/.zoo
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m raycompress run jobs/quickstart.yaml --output $(OUTPUT)
