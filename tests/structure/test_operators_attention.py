@@ -288,3 +288,39 @@ def test_attention_by_hand(mix: Callable[..., Any], queries: int, keys: int, hea
     pairs = "rotary" in mix.__name__ and heads == "dim"
     # Of 3 rotary pairs one goes, of 6 positions 3, of 4 heads 2.
     prune(Heads(mix, queries, keys), tokens, removed=0.3 if pairs else 0.4, heads=heads)
+
+
+def shared(_m: Heads, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, q, v) + 0 * k
+
+
+def normalised(_m: Heads, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(F.normalize(q, dim=-1), k, v)
+
+
+@pytest.mark.parametrize("mix", [shared, normalised])
+def test_a_scale_that_cannot_be_folded_freezes_the_width_of_heads(mix: Any) -> None:
+    result = prune(Heads(mix), tokens, removed=0, heads="dim", explained=True)
+    reasons = {(f.parameter, f.dim): f.reason for f in result.structure.frozen}
+    assert "can't be folded" in reasons["q.weight", 0] and not result.structure.query_rows
+
+
+class OneHead(nn.Module):
+    """Attention without heads: queries and keys lose single channels."""
+
+    def __init__(self, scale: float | None) -> None:
+        super().__init__()
+        self.scale = scale
+        self.q, self.k, self.v = (nn.Linear(10, n) for n in (12, 12, 8))
+        self.out = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        return self.out(F.scaled_dot_product_attention(q, k, v, scale=self.scale))
+
+
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_attention_without_heads(scale: float | None) -> None:
+    result = prune(OneHead(scale), tokens, removed=0.45)
+    assert (result.slim.q.out_features, result.slim.v.out_features) == (6, 4)
+    assert len(result.structure.query_rows) == (2 if scale is None else 0)
