@@ -39,7 +39,7 @@ class _File:
     visits: dict[int, list[Visit]] = field(default_factory=dict)
     complete: bool = False
 
-    def load(self) -> None:
+    def load(self, num_points: int, num_times: int) -> None:
         """Takes over what is there, unless it is of something else or damaged."""
         if self.path is None or not self.path.exists():
             return
@@ -51,7 +51,11 @@ class _File:
                 int(point): [Visit(float(w), tuple(map(float, times))) for w, times in visits]
                 for point, visits in content["visits"].items()
             }
+            if any(len(v.layers) != num_times for each in self.visits.values() for v in each):
+                raise ValueError("its times aren't those of this model's layers")
             self.complete = bool(content["complete"])
+            if self.complete and not all(self.visits.get(p) for p in range(num_points)):
+                raise ValueError("points are missing")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             _log.warning("latency table %s is measured anew: %s", self.path, error)
             self.visits, self.complete = {}, False
@@ -111,7 +115,7 @@ def measure_points(
     key = _key(model, structure, design, batch, batch_size, device)
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     file = _File(None if folder is None else Path(folder) / f"{name}.json", key)
-    file.load()
+    file.load(len(counts), len(structure.sizes.layers) + 1)
     if file.complete:
         return [file.visits[point] for point in range(len(counts))]
     start = clock()

@@ -195,14 +195,23 @@ def test_points_measured_before_a_stop_are_kept(tmp_path: Path) -> None:
     assert 500 + Clock.passes <= whole + 15  # the visit that was stopped, and two to size visits
 
 
-@pytest.mark.parametrize("damage", ["{", "[]", '{"key": 1}', '{"visits": {}}', "\x00\xff"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "{", "[]", '{"key": 1}', '{"visits": {}}', "\x00\xff",
+        '{"key": {}, "visits": {}, "complete": true}',
+        '{"key": KEY, "visits": {}, "complete": true}',
+        '{"key": KEY, "visits": {"0": [[1.0, [1.0]]]}, "complete": false}',
+    ],
+)  # fmt: skip
 def test_a_damaged_file_is_measured_again(
     tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     first = table_of(Net(Takes, Takes, Takes), folder=tmp_path)
     (path,) = tmp_path.iterdir()
     good = path.read_text()
-    path.write_bytes(damage.encode("latin-1"))
+    key = json.dumps(json.loads(good)["key"])
+    path.write_bytes(damage.replace("KEY", key).encode("latin-1"))
     with caplog.at_level(logging.WARNING):
         again = table_of(Net(Takes, Takes, Takes), folder=tmp_path)
     assert "is measured anew" in caplog.text and Clock.passes > 33
