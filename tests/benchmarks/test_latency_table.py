@@ -1,7 +1,8 @@
 """How far latency tables are off: `OMP_NUM_THREADS=1 pytest -m benchmark -s tests/benchmarks/...`.
 
-Where other processes share the cores, wall-clock time measures them as well: `LATENCY_CLOCK=thread`
-counts the CPU time of the measuring thread instead (its threads must be one).
+For a quiet machine. Where other processes share the cores, wall-clock time measures them as well;
+`LATENCY_CLOCK=thread` counts the CPU time of the measuring thread instead (its threads must be
+one), which leaves what they do to its caches.
 """
 
 from __future__ import annotations
