@@ -50,7 +50,12 @@ def graph_structure(
     program, args, kwargs = export(model, args, kwargs)
     named = tensors_of(model)
     run = GraphTrace(program, named, HANDLERS)
-    seen = trace(model, args, kwargs, run.find, forward=run.run)
+    try:
+        seen = trace(model, args, kwargs, run.find, forward=run.run)
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
+        raise StructureError(
+            f"graph form: the exported graph doesn't run: {type(error).__name__}: {error}"
+        ) from error
     protect(seen)
     for _ in range(_MAX_REPAIRS):
         draft = collect(seen)
@@ -64,9 +69,9 @@ def graph_structure(
             if not wrong:
                 return structure
             continue
-        name, error = stop
+        name, problem = stop
         for facet in run.met.get(name, []):
-            seen.space.freeze(facet, f"{name} in the exported graph needs this size ({error})")
+            seen.space.freeze(facet, f"{name} in the exported graph needs this size ({problem})")
     raise StructureError("graph form: no slim graph of this model computes what it should")
 
 

@@ -124,7 +124,7 @@ def _target_name(node: Node) -> str:
         name = node.target._schema.name
         return f"{name}.{node.target._overloadname}"
     if isinstance(node.target, torch._ops.OperatorBase):
-        raise StructureError(f"the exported graph calls {node.target}, which has no graph form")
+        raise StructureError(f"graph form: the exported graph calls {node.target}")
     assert callable(node.target)
     return f"{node.target.__module__}:{node.target.__name__}"
 
@@ -202,8 +202,7 @@ def _program(module: GraphModule, model: nn.Module, keywords: tuple[str, ...]) -
                 value = getattr(value, part)
             if not isinstance(value, Tensor):
                 raise StructureError(
-                    f"the exported graph holds {type(value).__name__} {node.target!r}, "
-                    "which has no graph form"
+                    f"graph form: the exported graph branches or loops ({node.target!r})"
                 )
             constants[str(node.target)] = value.detach().clone()
         args, kwargs = _mapped(
@@ -234,7 +233,8 @@ def _inline(module: GraphModule) -> None:
         at = next(i for i, a in enumerate(node.args) if isinstance(a, Node))
         if name == "wrap_with_autocast" and node.args[2] is True:
             raise StructureError("graph form: the model's code turns autocast on")
-        body = getattr(module, node.args[at].target)
+        holder = node.args[at]
+        body = getattr(module, holder.target)
         _inline(body)
         inputs = [n for n in body.graph.nodes if n.op == "placeholder"]
         with graph.inserting_before(node):
@@ -246,8 +246,8 @@ def _inline(module: GraphModule) -> None:
         else:
             node.replace_all_uses_with(out)
         graph.erase_node(node)
-        if not node.args[at].users:
-            graph.erase_node(node.args[at])
+        if not holder.users:
+            graph.erase_node(holder)
 
 
 def _flat(value: Any) -> list[Any]:

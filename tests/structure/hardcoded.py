@@ -166,6 +166,23 @@ class Picked(nn.Module):
         return self.b(x) * x[:, 5:6] + x[:, 3, None] + x.select(1, 6)[:, None]
 
 
+class Blocks(nn.Module):
+    """Blocks that export keeps apart: modes of gradients and of autocast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 12), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            scale = torch.arange(12.0).to(x.dtype) * 2
+        with torch.autocast("cpu", enabled=False):
+            x = self.a(x) * scale
+        with torch.enable_grad():
+            x = x.view(-1, 3, 4)
+        return self.b(x.flatten(1))
+
+
 class Tied(nn.Module):
     """One parameter under two names, a buffer that isn't saved, and a layer that is never used."""
 
@@ -195,5 +212,6 @@ HARDCODED: dict[type[nn.Module], tuple[int, ...]] = {
     Created: ROW,
     Recurrent: TOKENS,
     Picked: ROW,
+    Blocks: ROW,
     Tied: ROW,
 }
