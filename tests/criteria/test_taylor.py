@@ -73,6 +73,21 @@ def test_gate_form_is_the_squared_gradient_of_a_gate(norm, randomised):
     assert expected.min() > 0
 
 
+@pytest.mark.parametrize("norm", [True, False])
+def test_weight_form_sums_over_filters_and_biases_and_leaves_norms_out(norm, randomised):
+    model = randomised(Gated(norm)).double()
+    x, labels = images()
+    task = Given(model, x.double(), labels, 8)
+    found = Taylor(form="weight").collect(probe_of(task))["a"]
+    parameters = [model.a.weight, model.a.bias, model.b.weight, model.b.bias]
+    expected = torch.zeros(5).double()
+    for part in mini_batches(task, 8):
+        loss = nn.functional.cross_entropy(model(x.double()[part]), labels[part])
+        for own, slope in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+            expected += (own * slope).detach().square().reshape(5, -1).sum(1) / 3
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
+
+
 def test_gate_form_predicts_what_a_small_step_of_the_gate_does(randomised):
     model = randomised(Gated(True)).double()
     x, labels = images()
