@@ -45,13 +45,15 @@ def _slice(call: Call) -> None:
     dim = call.arg("dim") % source.dim()
     total, size = source.shape[dim], out.shape[dim]
     facets = call.facets(source)
-    if size < total:
+    if 0 < size < total:  # nothing cut off, or nothing left: that stays so when channels go
         for facet in facets:
             if facet.shape[dim] == 1:
                 continue
             start = call.arg("start") or 0
             start = start + total if start < 0 else start
-            if call.arg("step") == 1 and total % max(size, 1) == 0 and start % size == 0:
+            if size == 1 and start == 0 and varying(facet) == (dim,):
+                call.space.freeze(facet.narrow(dim, 0, 1), "picked by its index")
+            elif call.arg("step") == 1 and total % size == 0 and start % size == 0:
                 call.space.parts.append((facet.numpy(), dim, size))
             elif call.arg("step") > 1 and total == size * call.arg("step"):
                 # every step-th channel: the same survivors in each run of `step`

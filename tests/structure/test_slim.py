@@ -127,3 +127,30 @@ def test_analysis_leaves_the_model_alone_and_is_picklable(
     again = pickle.loads(pickle.dumps(structure))
     assert again.cost() == structure.cost()
     copy.deepcopy(model)
+
+
+class Rotary(nn.Module):
+    """Slices of heads, one of which is empty, and elements picked at the ends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.q = nn.Conv2d(3, 12, 2, 2), nn.Linear(12, 24)
+        self.mix, self.head = nn.Linear(24, 10), nn.Linear(10, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x).flatten(2).transpose(1, 2)
+        q = self.q(x).unflatten(-1, (-1, 6))
+        q = torch.cat([q[..., :6] * 2, q[..., 6:]], -1).flatten(2)
+        out = self.mix(q * (1 + x[..., :1] + x[..., -1].unsqueeze(-1)))
+        return self.head(out).mean(1)
+
+
+def test_an_empty_slice_and_picked_ends_leave_the_rest_free(example: Tensor) -> None:
+    model = randomised(Rotary())
+    structure = analyze(model, (example,), form="module")
+    kept = half(structure)
+    small = slim(model, structure, kept)
+    dense = masked(model, structure.masks(kept))
+    assert verify(dense, small, (example,)).kind == "exact"
+    # The first and the last of 12 channels are read by index.
+    assert structure.group("embed").num_channels == 10
