@@ -24,7 +24,8 @@ class SlimGraph(GraphModule):
     `train()` and `eval()` set the mode of dropout and of norms with running statistics, which an
     exported graph holds as arguments. What the model's code did in training only (stochastic
     depth, dropout inside attention, counting batches) isn't in the graph, which was exported in
-    evaluation mode. A layer that was always in evaluation mode follows `train()` too.
+    evaluation mode. A layer that was always in evaluation mode follows `train()` too, and a
+    BatchNorm with `momentum=None` keeps its statistics, since it averages over counted batches.
     `to(...)` also moves what the graph creates.
     """
 

@@ -166,6 +166,42 @@ class Picked(nn.Module):
         return self.b(x) * x[:, 5:6] + x[:, 3, None] + x.select(1, 6)[:, None]
 
 
+class Shortcut(nn.Module):
+    """A shortcut without weights: strided and padded to twice the channels, by literals."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 16, 3, 2, 1)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).relu()
+        x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4)) + self.b(x)
+        return self.head(x.relu().mean((2, 3)))
+
+
+class Windows(nn.Module):
+    """Attention in shifted windows that are folded into the batch dim, with a table of biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, 16, 1)
+        self.qkv, self.proj = nn.Linear(16, 48), nn.Linear(16, 16)
+        self.table, self.head = nn.Parameter(torch.rand(49, 4)), nn.Linear(16, 4)
+        self.register_buffer("places", torch.arange(256).reshape(16, 16) % 49)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.roll(self.embed(x).permute(0, 2, 3, 1), (-2, -2), (1, 2))
+        x = x.view(-1, 2, 4, 2, 4, 16).permute(0, 1, 3, 2, 4, 5).reshape(-1, 16, 16)
+        n = x.shape[0]
+        q, k, v = self.qkv(x).reshape(n, 16, 3, 4, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        bias = self.table[self.get_buffer("places").view(-1)].view(16, 16, 4).permute(2, 0, 1)
+        weights = (q @ k.transpose(-2, -1) / 2 + bias).softmax(-1)
+        x = self.proj((weights @ v).transpose(1, 2).reshape(n, 16, 16))
+        x = x.view(-1, 2, 2, 4, 4, 16).permute(0, 1, 3, 2, 4, 5).reshape(-1, 64, 16)
+        return self.head(x.mean(1))
+
+
 class Blocks(nn.Module):
     """Blocks that export keeps apart: modes of gradients and of autocast."""
 
@@ -212,6 +248,8 @@ HARDCODED: dict[type[nn.Module], tuple[int, ...]] = {
     Created: ROW,
     Recurrent: TOKENS,
     Picked: ROW,
+    Shortcut: IMAGE,
+    Windows: IMAGE,
     Blocks: ROW,
     Tied: ROW,
 }

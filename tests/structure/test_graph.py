@@ -87,6 +87,30 @@ def test_unequal_parts_of_a_split() -> None:
     assert equal.form == "module" and len(equal.groups) < 2
 
 
+class Named(nn.Module):
+    """Keyword arguments in another order than the signature's, and a nested result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 12), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor, mask: Tensor, scale: float = 1.0) -> dict[str, list[Tensor]]:
+        x = self.a(x).view(-1, 3, 4) * mask[:, :, None]
+        return {"out": [self.b(x.reshape(-1, 12)) * scale, mask]}
+
+
+def test_keyword_arguments_and_nested_results() -> None:
+    model = randomised(Named())
+    given = {"mask": torch.rand(2, 3).double(), "scale": 2.0, "x": torch.rand(2, 6).double()}
+    structure = analyze(model, given, form="graph")
+    kept = half(structure)
+    small = slim(model, structure, kept)
+    other = {"x": torch.rand(5, 6).double(), "mask": torch.rand(5, 3).double(), "scale": 2.0}
+    assert structure.cost().params == 84 + 52
+    reference = masked(model, structure.masks(kept))
+    assert verify(reference, small, other, structure=structure, kept=kept).max_error < 1e-10
+
+
 def test_a_slim_graph_can_be_analysed_again() -> None:
     model, structure = analysed(Folded)
     kept = half(structure)
