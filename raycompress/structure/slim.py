@@ -1,4 +1,4 @@
-"""Really smaller models in the user's own class, and the way back to dense shapes."""
+"""Really smaller models, and the way back to dense shapes; graph form is made in `graph.py`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ def slim(
     *,
     masks: AnyMasks | None = None,
 ) -> nn.Module:
-    """A copy of the model with only the kept channels: the same class, smaller and trainable.
+    """A copy of the model with only the kept channels, smaller and trainable.
+
+    It is of the same class, or the exported graph if the structure is in graph form (`analyze`).
 
     Args:
         model: the dense model that was analysed, with any weights.
@@ -45,7 +47,7 @@ def slim(
         assert masks is not None
         kept = structure.kept(masks)
     if structure.plan is not None:
-        from raycompress.structure.graph import slim_graph
+        from raycompress.structure.graph import slim_graph  # it needs `cut_tensors`
 
         return slim_graph(model, structure, kept)
     # Cut tensors enter the copy through deepcopy's memo, so the dense ones are never copied and
