@@ -71,7 +71,7 @@ ARCHITECTURES = {
     "hiera_tiny": sized("hiera_tiny_224"),
     "mvitv2_tiny": sized("mvitv2_tiny"),
     "nest_tiny": sized("nest_tiny"),
-    "tiny_vit_5m": model("tiny_vit_5m_224", 224),
+    "tiny_vit_5m": model("tiny_vit_5m_224", 96),
     # hybrids
     "coat_tiny": sized("coat_tiny"),
     "coatnet_pico": sized("coatnet_pico_rw_224"),
