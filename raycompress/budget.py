@@ -212,6 +212,11 @@ class Allocator:
         """The largest ratio of a resource to its limit; at most 1 if the budget is met."""
         return self.budget.excess(self.structure.cost(counts), self.dense, self._ms(counts))
 
+    def sizes(self, group: str) -> range:
+        """Kept counts that a group may have, all of its channels left out."""
+        num = self.structure.group(group).num_channels
+        return range(self._least[group], num, self._step[group])
+
     def meets(self, counts: Mapping[str, int]) -> bool:
         """Whether counts are within the budget."""
         return self.excess(counts) <= 1

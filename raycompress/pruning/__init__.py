@@ -9,6 +9,7 @@ from raycompress.pruning.fpgm import FPGM
 from raycompress.pruning.iterative import Iterative
 from raycompress.pruning.lottery_ticket import LotteryTicket
 from raycompress.pruning.movement import MovementPruning
+from raycompress.pruning.net_adapt import NetAdapt
 from raycompress.pruning.one_shot import L1Filter, L2Filter, OneShot
 from raycompress.pruning.pruner import Problem, Pruner
 from raycompress.pruning.simulated_annealing import SimulatedAnnealing
@@ -30,6 +31,7 @@ __all__ = [
     "Level",
     "LotteryTicket",
     "MovementPruning",
+    "NetAdapt",
     "OneShot",
     "Problem",
     "Pruner",
