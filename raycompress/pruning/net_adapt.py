@@ -1,4 +1,4 @@
-"""NetAdapt (Yang et al. 2018, arXiv 1804.03230): one group after the other, judged after training."""
+"""NetAdapt (Yang et al. 2018, arXiv 1804.03230): group after group, judged after training."""
 
 from __future__ import annotations
 
