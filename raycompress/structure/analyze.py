@@ -24,7 +24,15 @@ from raycompress.structure.trace import Trace, trace
 
 __all__ = ["analyze"]
 
-_REPAIRED = ("the code of", "slim is wrong")  # how `Repair` begins its reasons
+# How reasons begin that graph form may not have.
+_BY_CODE = (
+    "the code of",
+    "slim is wrong",
+    "cut at a fixed place",
+    "one element is picked",
+    "picked by",
+    "meets a tensor whose size is fixed",
+)
 
 _log = logging.getLogger(__name__)
 
@@ -94,7 +102,7 @@ def analyze(
     seen.query_rows = query_rows(model, seen, attention, args, kwargs, heads)
     protect(seen)
     structure = Repair(model, seen, lambda: collect(seen), args, kwargs).run()
-    if form == "auto" and any(f.reason.startswith(_REPAIRED) for f in structure.frozen):
+    if form == "auto" and _whole_by_code(structure, seen):
         try:
             graph = graph_structure(model, args, kwargs, protect, collect)
         except StructureError as error:
@@ -103,6 +111,16 @@ def analyze(
             if _fewest(graph) < _fewest(structure):
                 structure = graph
     return structure.limited(round_to=round_to, min_kept=min_kept)
+
+
+def _whole_by_code(structure: Structure, seen: Trace) -> bool:
+    """Whether a layer keeps all its outputs because the code computes with their number."""
+    produced = {
+        (x.name, d) for x in seen.leaves for d, role in x.roles.items() if role == "producer"
+    }
+    return any(
+        f.reason.startswith(_BY_CODE) and (f.parameter, f.dim) in produced for f in structure.frozen
+    )
 
 
 def _fewest(structure: Structure) -> int:

@@ -294,8 +294,9 @@ def test_what_cannot_be_exported_is_refused_or_stays_in_module_form() -> None:
 
 
 def test_automatic_form() -> None:
-    assert analyze(randomised(Halves()), inputs(Halves, 2)).form == "graph"
-    assert analyze(randomised(Heads()), inputs(Heads, 2)).form == "graph"
+    for kind in (Halves, Heads, Created):
+        assert analyze(analysed(kind)[0], inputs(kind, 2)).form == "graph"
+    assert analyze(randomised(Recurrent()), inputs(Recurrent, 2)).form == "module"
     plain = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
     assert analyze(plain, torch.zeros(2, 6)).form == "module"
 
