@@ -177,7 +177,7 @@ class Allocator:
         if budget.names_latency and latency is None:
             raise ConfigError(
                 f"budget {budget} needs a latency table, measured on the device "
-                "(raycompress.structure.latency_table); none was given"
+                "(raycompress.structure.latency.table); none was given"
             )
         self.structure = structure
         self.groups = tuple(structure.group(name) for name in groups)

@@ -18,8 +18,8 @@ from raycompress.host import Evaluation, HostInfo, ModelHost, Unit, UnitResult
 from raycompress.ledger import Ledger
 from raycompress.search import Candidate, Ranking, Shard, Trial, digest_of
 from raycompress.structure import Structure
-from raycompress.structure.latency import LatencyRow
-from raycompress.structure.latency_table import LatencyTable
+from raycompress.structure.latency.measure import LatencyRow
+from raycompress.structure.latency.table import LatencyTable
 from raycompress.task import Progress, Split, Task
 from raycompress.weights import Weights, WeightStore
 

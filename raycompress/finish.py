@@ -22,8 +22,8 @@ from raycompress.reconstruction import Reconstruction
 from raycompress.results import Latency, Limit, ModelRow, SearchStep, TrialResult, Verification
 from raycompress.search import Candidate, Training
 from raycompress.structure import expand, file_size, slim, verify
-from raycompress.structure.latency import LatencyRow
-from raycompress.structure.latency_table import LatencyTable
+from raycompress.structure.latency.measure import LatencyRow
+from raycompress.structure.latency.table import LatencyTable
 from raycompress.task import Split
 from raycompress.training import Distillation
 from raycompress.trial import load_ranking, write_json

@@ -27,8 +27,8 @@ from raycompress.recalibration import recalibrate
 from raycompress.reconstruction import Reconstruction, lost_inputs, reconstruct
 from raycompress.search import Candidate, Ranking, Shard, Training
 from raycompress.structure import Structure, expand, slim
-from raycompress.structure.latency import LatencyRow, measure
-from raycompress.structure.latency_table import LatencyTable, latency_table
+from raycompress.structure.latency.measure import LatencyRow, measure
+from raycompress.structure.latency.table import LatencyTable, latency_table
 from raycompress.task import SPLITS, Progress, Split, Task
 from raycompress.weights import Weights, WeightStore
 

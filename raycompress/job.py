@@ -24,7 +24,7 @@ from raycompress.progress import Progress
 from raycompress.pruning.pruner import Problem
 from raycompress.results import Curve, FrozenLayer, JobResult, TrialResult
 from raycompress.search import Candidate, Training
-from raycompress.structure.latency_table import LatencyTable
+from raycompress.structure.latency.table import LatencyTable
 from raycompress.trial import Shared, finished, metrics_of, run_trial
 from raycompress.weights import Weights, WeightStore
 

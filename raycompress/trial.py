@@ -28,7 +28,7 @@ from raycompress.plan import TrialPlan
 from raycompress.pruning.pruner import Problem
 from raycompress.search import Ranking, Trial, digest_of, run_search
 from raycompress.structure import Structure
-from raycompress.structure.latency_table import LatencyTable
+from raycompress.structure.latency.table import LatencyTable
 from raycompress.task import Task
 from raycompress.weights import Weights, WeightStore
 

@@ -23,8 +23,8 @@ from raycompress.executor import LedgerExecutor
 from raycompress.host import HostInfo, Unit, UnitResult
 from raycompress.ledger import Ledger
 from raycompress.search import Candidate, Ranking
-from raycompress.structure.latency import LatencyRow
-from raycompress.structure.latency_table import LatencyTable
+from raycompress.structure.latency.measure import LatencyRow
+from raycompress.structure.latency.table import LatencyTable
 from raycompress.task import Progress
 from raycompress.weights import Weights
 

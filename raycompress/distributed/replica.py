@@ -17,8 +17,8 @@ import torch
 from raycompress.errors import ClusterError, TaskError
 from raycompress.host import HostInfo, ModelHost, Unit, UnitResult
 from raycompress.search import Candidate, Ranking
-from raycompress.structure.latency import LatencyRow
-from raycompress.structure.latency_table import LatencyTable
+from raycompress.structure.latency.measure import LatencyRow
+from raycompress.structure.latency.table import LatencyTable
 from raycompress.weights import WeightStore
 
 if TYPE_CHECKING:

@@ -4,11 +4,11 @@ from raycompress.structure.analyze import analyze
 from raycompress.structure.completion import Change, Completion, masks_of
 from raycompress.structure.cost import Cost, LayerCost
 from raycompress.structure.fold import FoldedLayer, Folding, fold_constants
-from raycompress.structure.latency import LatencyRow, file_size, measure
-from raycompress.structure.latency_table import LatencyTable, TableError, latency_table
+from raycompress.structure.latency.measure import LatencyRow, file_size, measure
+from raycompress.structure.latency.table import LatencyTable, TableError, latency_table
 from raycompress.structure.model import ChannelGroup, Frozen, Member, Structure
-from raycompress.structure.operators import register_operator
-from raycompress.structure.rules_elementwise import elementwise
+from raycompress.structure.rules.elementwise import elementwise
+from raycompress.structure.rules.operators import register_operator
 from raycompress.structure.slim import expand, slim
 from raycompress.structure.trace import Call
 from raycompress.structure.verify import Verdict, verify

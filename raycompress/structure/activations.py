@@ -22,8 +22,8 @@ from raycompress.errors import StructureError
 from raycompress.structure.closure import close
 from raycompress.structure.labels import Facets, LabelSpace, varying
 from raycompress.structure.model import Structure
-from raycompress.structure.operators import find_rule
 from raycompress.structure.pools import along
+from raycompress.structure.rules.operators import find_rule
 from raycompress.structure.trace import Call, Rule, Trace, trace
 
 __all__ = ["WATCHED", "Site", "Sites", "activation_sites", "operator_name", "output_of"]

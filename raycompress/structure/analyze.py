@@ -13,12 +13,12 @@ from raycompress.errors import StructureError
 from raycompress.structure.branches import with_training_branches
 from raycompress.structure.closure import Classes, close
 from raycompress.structure.compile import Sizes
-from raycompress.structure.graph_analyze import graph_structure
+from raycompress.structure.graph.analyze import graph_structure
 from raycompress.structure.inputs import Inputs, as_call, why_not
 from raycompress.structure.model import Frozen, LeafShape, Structure
-from raycompress.structure.operators import find_rule
 from raycompress.structure.pools import Pools, owner_of
 from raycompress.structure.repair import Draft, Repair
+from raycompress.structure.rules.operators import find_rule
 from raycompress.structure.scale import AttentionCalls, query_rows
 from raycompress.structure.trace import Trace, trace
 

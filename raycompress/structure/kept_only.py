@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from raycompress.errors import StructureError
-from raycompress.structure.rules_movement import MOVEMENTS
-from raycompress.structure.rules_norm import in_training
-from raycompress.structure.rules_reduction import ALONG, REDUCED, reduced_dims
+from raycompress.structure.rules.movement import MOVEMENTS
+from raycompress.structure.rules.norm import in_training
+from raycompress.structure.rules.reduction import ALONG, REDUCED, reduced_dims
 from raycompress.structure.trace import Call, Trace
 
 __all__ = ["OnKept", "Positions"]

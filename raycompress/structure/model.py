@@ -17,7 +17,7 @@ from raycompress.structure.cost import Cost, CostModel, LayerCost
 
 if TYPE_CHECKING:
     from raycompress.structure.completion import Completion
-    from raycompress.structure.graph import GraphPlan
+    from raycompress.structure.graph.plan import GraphPlan
 
 __all__ = [
     "AnyMasks",

@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from raycompress.errors import StructureError
-from raycompress.structure.graph_handlers import HANDLERS
-from raycompress.structure.graph_trace import GraphTrace
+from raycompress.structure.graph.handlers import HANDLERS
+from raycompress.structure.graph.trace import GraphTrace
 from raycompress.structure.kept_only import OnKept, Positions
 from raycompress.structure.labels import LabelSpace, varying
 from raycompress.structure.leaves import tensors_of
 from raycompress.structure.model import Kept, Structure
-from raycompress.structure.operators import find_rule
+from raycompress.structure.rules.operators import find_rule
 from raycompress.structure.trace import Trace, trace
 
 __all__ = ["Reference", "run_on_kept"]

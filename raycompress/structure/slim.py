@@ -47,7 +47,7 @@ def slim(
         assert masks is not None
         kept = structure.kept(masks)
     if structure.plan is not None:
-        from raycompress.structure.graph import slim_graph  # it needs `cut_tensors`
+        from raycompress.structure.graph.plan import slim_graph  # it needs `cut_tensors`
 
         return slim_graph(model, structure, kept)
     # Cut tensors enter the copy through deepcopy's memo, so the dense ones are never copied and

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from raycompress.errors import StructureError
 from raycompress.structure import analyze
 from raycompress.structure import latency_points as points
-from raycompress.structure.latency_design import Design, layer_groups
-from raycompress.structure.latency_table import LatencyTable, TableError, latency_table
+from raycompress.structure.latency.design import Design, layer_groups
+from raycompress.structure.latency.table import LatencyTable, TableError, latency_table
 
 
 class Clock:
@@ -149,7 +149,7 @@ def test_graph_form_is_priced_as_a_whole() -> None:
 
 def test_overhead_and_scale_make_dense_right() -> None:
     """Hooks and caches make whole passes another line of the layers' sum."""
-    from raycompress.structure.latency_table import _scale
+    from raycompress.structure.latency.table import _scale
 
     sums = np.array([400.0, 300.0, 100.0])
     whole = 30 + 0.8 * sums

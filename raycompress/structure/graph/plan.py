@@ -1,7 +1,7 @@
 """Graph form: the exported graph with sliced parameters and rewritten numbers.
 
 For models whose code computes with sizes that are written into it. Every number that stands for a
-size is known as a function of the kept channels (`graph_trace.py`); slimming sets it.
+size is known as a function of the kept channels (`trace.py`); slimming sets it.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.fx import Node
 
-from raycompress.structure.graph_model import SlimGraph, assemble
-from raycompress.structure.graph_program import Path, Program, Ref, find_target, map_refs, refs_in
-from raycompress.structure.graph_trace import GraphTrace, Number, Reindex
+from raycompress.structure.graph.model import SlimGraph, assemble
+from raycompress.structure.graph.program import Path, Program, Ref, find_target, map_refs, refs_in
+from raycompress.structure.graph.trace import GraphTrace, Number, Reindex
 from raycompress.structure.leaves import tensors_of
 from raycompress.structure.model import Kept, Member, Structure
 

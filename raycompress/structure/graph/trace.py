@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from raycompress.structure.graph_program import (
+from raycompress.structure.graph.program import (
     Instruction,
     Path,
     Program,
@@ -26,10 +26,10 @@ from raycompress.structure.graph_program import (
     map_refs,
     refs_in,
 )
-from raycompress.structure.graph_rules import CUTS, GRAPH_RULES
+from raycompress.structure.graph.rules import CUTS, GRAPH_RULES
 from raycompress.structure.labels import Facets, varying
 from raycompress.structure.leaves import Leaf, flat
-from raycompress.structure.operators import find_rule
+from raycompress.structure.rules.operators import find_rule
 from raycompress.structure.trace import Rule, Trace
 
 __all__ = ["Cut", "GraphTrace", "Handler", "Number", "Ran", "Reindex"]

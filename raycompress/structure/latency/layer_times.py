@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from raycompress.structure.latency import Inputs, forward, measuring, synchronize
+from raycompress.structure.latency.measure import Inputs, forward, measuring, synchronize
 
 __all__ = ["Visit", "pass_seconds", "visit"]
 

@@ -10,10 +10,10 @@ from torch import nn
 from torch.fx import Interpreter, Node
 
 from raycompress.errors import StructureError
-from raycompress.structure.graph import apart, plan_of, slim_graph
-from raycompress.structure.graph_handlers import HANDLERS
-from raycompress.structure.graph_program import export
-from raycompress.structure.graph_trace import GraphTrace
+from raycompress.structure.graph.handlers import HANDLERS
+from raycompress.structure.graph.plan import apart, plan_of, slim_graph
+from raycompress.structure.graph.program import export
+from raycompress.structure.graph.trace import GraphTrace
 from raycompress.structure.leaves import tensors_of
 from raycompress.structure.model import Structure
 from raycompress.structure.probe import uneven

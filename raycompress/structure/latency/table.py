@@ -31,10 +31,10 @@ from torch import nn
 
 from raycompress.errors import StructureError
 from raycompress.structure.cost import CostModel, Ints
-from raycompress.structure.latency import Inputs
-from raycompress.structure.latency_design import FRACTIONS, Design, layer_groups
-from raycompress.structure.latency_points import device_name, measure_points
-from raycompress.structure.layer_times import Visit
+from raycompress.structure.latency.design import FRACTIONS, Design, layer_groups
+from raycompress.structure.latency.layer_times import Visit
+from raycompress.structure.latency.measure import Inputs
+from raycompress.structure.latency.points import device_name, measure_points
 from raycompress.structure.model import Structure
 
 __all__ = ["LatencyTable", "TableError", "latency_table"]

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from raycompress.structure.memory import peak_bytes
+from raycompress.structure.latency.memory import peak_bytes
 
 __all__ = [
     "Inputs",

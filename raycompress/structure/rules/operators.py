@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 
-from raycompress.structure.rules_contraction import CONTRACTIONS
-from raycompress.structure.rules_convolution import CONVOLUTIONS
-from raycompress.structure.rules_elementwise import ELEMENTWISE, elementwise
-from raycompress.structure.rules_indexing import INDEXINGS
-from raycompress.structure.rules_joining import JOININGS
-from raycompress.structure.rules_movement import MOVEMENTS
-from raycompress.structure.rules_norm import NORMS
-from raycompress.structure.rules_reduction import REDUCTIONS
-from raycompress.structure.rules_spatial import SPATIAL
+from raycompress.structure.rules.contraction import CONTRACTIONS
+from raycompress.structure.rules.convolution import CONVOLUTIONS
+from raycompress.structure.rules.elementwise import ELEMENTWISE, elementwise
+from raycompress.structure.rules.indexing import INDEXINGS
+from raycompress.structure.rules.joining import JOININGS
+from raycompress.structure.rules.movement import MOVEMENTS
+from raycompress.structure.rules.norm import NORMS
+from raycompress.structure.rules.reduction import REDUCTIONS
+from raycompress.structure.rules.spatial import SPATIAL
 from raycompress.structure.trace import Rule
 
 __all__ = ["find_rule", "register_operator"]

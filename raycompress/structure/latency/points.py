@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from raycompress.structure.latency import Inputs, batch_of
-from raycompress.structure.latency_design import Design
-from raycompress.structure.layer_times import Visit, pass_seconds, visit
+from raycompress.structure.latency.design import Design
+from raycompress.structure.latency.layer_times import Visit, pass_seconds, visit
+from raycompress.structure.latency.measure import Inputs, batch_of
 from raycompress.structure.model import Structure
 from raycompress.structure.slim import slim
 

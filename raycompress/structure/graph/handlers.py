@@ -9,9 +9,9 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from raycompress.structure.graph_program import Instruction, Path, Ref, refs_in
-from raycompress.structure.graph_rules import constant_index
-from raycompress.structure.graph_trace import Cut, GraphTrace, Handler, Ran, Reindex
+from raycompress.structure.graph.program import Instruction, Path, Ref, refs_in
+from raycompress.structure.graph.rules import constant_index
+from raycompress.structure.graph.trace import Cut, GraphTrace, Handler, Ran, Reindex
 
 __all__ = ["HANDLERS"]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from raycompress.structure.labels import Facets, move, varying
-from raycompress.structure.operators import find_rule
+from raycompress.structure.rules.operators import find_rule
 from raycompress.structure.trace import Call, Rule, Trace
 
 __all__ = ["CUTS", "GRAPH_RULES", "constant_index"]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from raycompress.structure.labels import Facets, canonical, move, varying
 from raycompress.structure.merge import merge
-from raycompress.structure.rules_movement import run
+from raycompress.structure.rules.movement import run
 from raycompress.structure.trace import Call, Rule
 
 __all__ = ["JOININGS"]

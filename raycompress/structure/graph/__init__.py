@@ -1,0 +1,1 @@
+"""Graph form: the exported graph, with the numbers in it that stand for sizes rewritten."""
