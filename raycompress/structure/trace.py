@@ -1,6 +1,6 @@
 """One eager forward pass with labels beside every tensor.
 
-Each ATen operator is intercepted below autograd. The rule for it (`operators.py` and the modules
+Each ATen operator is intercepted below autograd. The rule for it (`rules/operators.py` and the modules
 that it imports) computes the facets of the outputs from those of the inputs. An operator without
 a rule freezes what it touches, is listed, and never raises.
 """

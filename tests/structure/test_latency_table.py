@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from raycompress.errors import StructureError
 from raycompress.structure import analyze
-from raycompress.structure import latency_points as points
+from raycompress.structure.latency import points
 from raycompress.structure.latency.design import Design, layer_groups
 from raycompress.structure.latency.table import LatencyTable, TableError, latency_table
 
