@@ -1,8 +1,8 @@
 """One eager forward pass with labels beside every tensor.
 
-Each ATen operator is intercepted below autograd. The rule for it (`rules/operators.py` and the modules
-that it imports) computes the facets of the outputs from those of the inputs. An operator without
-a rule freezes what it touches, is listed, and never raises.
+Each ATen operator is intercepted below autograd. The rule for it (in `rules/`) computes the facets
+of the outputs from those of the inputs. An operator without a rule freezes what it touches, is
+listed, and never raises.
 """
 
 from __future__ import annotations

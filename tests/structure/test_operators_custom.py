@@ -9,7 +9,8 @@ import torch
 from pruned import prunable, prune
 from torch import Tensor, nn
 
-from raycompress.structure import Call, elementwise, operators, register_operator
+from raycompress.structure import Call, elementwise, register_operator
+from raycompress.structure.rules import operators
 
 
 @torch.library.custom_op("raycompress_operators::gate", mutates_args=())
