@@ -46,9 +46,7 @@ def test_coupled_layers_cant_disagree():
 def test_regular_expressions_match_whole_names():
     model = ToyNet()
     assert list(select_layers(model, [Target(op_names_re=(r"conv[12]",))])) == ["conv1", "conv2"]
-    with pytest.raises(
-        ConfigError, match=r"'conv' matches no layer \(it must match"
-    ):
+    with pytest.raises(ConfigError, match=r"'conv' matches no layer \(it must match"):
         select_layers(model, [Target(op_names_re=("conv",))])
     with pytest.raises(ConfigError, match=r"'conv\[' is no regular expression"):
         Target(op_names_re=("conv[",))
