@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from torch import Tensor
@@ -106,9 +106,12 @@ class OneShot(ChannelPruner):
 
     Attributes:
         criterion: A name such as "l1", or an import path "package.module:Class".
+        combine: How the scores of a group's layers become one for each channel: "sum", "mean" or
+            "max"; None: as the criterion has it.
     """
 
     criterion: str = "l1"
+    combine: Literal["sum", "mean", "max"] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -116,7 +119,8 @@ class OneShot(ChannelPruner):
 
     def scorer(self) -> Criterion:
         """The criterion of that name."""
-        return criterion(self.criterion, "OneShot.criterion", "channels")
+        found = criterion(self.criterion, "OneShot.criterion", "channels")
+        return found if self.combine is None else replace(found, combine=self.combine)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -166,6 +166,24 @@ def test_contradictions_are_refused_before_anything_runs(tmp_path, pruner, targe
         pruner.check(replace(problem, targets=targets))
 
 
+def test_scores_of_coupled_layers_combine_as_asked(tmp_path):
+    problem, executor = toy_problem(str(tmp_path))
+    with torch.no_grad():  # the block's layers disagree
+        for i in range(8):
+            problem.model.get_parameter("conv1.weight")[i] = 8.0 - i
+            problem.model.get_parameter("conv2.weight")[i] = {3: 100 / 72, 7: 30.0}.get(i, 1.0)
+    kept = {}
+    for how in ("sum", "mean", "max"):
+        pruner = OneShot(criterion="test_one_shot:Raw", combine=how, sparsity=0.5)
+        winner = run_search(pruner.search(problem), executor)
+        kept[how] = executor.host.kept(winner)["conv1"].tolist()
+    # conv1 has 18 weights a filter, conv2 has 72. Of 2: 108 and 72; of 3: 90 and 100.
+    assert kept["sum"] == kept["mean"] == [0, 1, 3, 7]
+    assert kept["max"] == [0, 1, 2, 7]
+    with pytest.raises(ConfigError, match="combine must be 'sum', 'mean' or 'max', got 'min'"):
+        OneShot(combine="min")
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
