@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -40,19 +41,31 @@ class Splits:
             self._data[split] = self._task.dataset(split)
         return self._data[split]
 
-    def batches(self, split: Split, shard: int | None = None) -> Sequence[Any]:
-        """Batches of one shard, or of a whole split; kept in memory unless they are many."""
+    def batches(self, split: Split, shard: int | None = None) -> Iterable[Any]:
+        """Batches of one shard, or of a whole split, to be gone through once.
+
+        They are kept in memory if the split fits, by the size of its first batch; else they are
+        read one after the other, and none is kept.
+        """
         key = (split, -1 if shard is None else shard)
         if key in self._batches:
             return self._batches[key]
         data = self.dataset(split)
         start, stop = shard_bounds(len(data), self._num_shards, shard)
         indices = range(start, stop)
-        batches = list(self._task.batches(data, indices, self._batch_size, self._device))
-        parts = 1 if shard is None else self._num_shards
-        if _num_bytes(batches) * parts < PRELOAD_BYTES:
-            self._batches[key] = batches
-        return batches
+        batches = iter(self._task.batches(data, indices, self._batch_size, self._device))
+        first = next(batches, None)
+        if first is None:
+            return []
+        if _num_bytes(first) * len(data) / min(self._batch_size, stop - start) < PRELOAD_BYTES:
+            self._batches[key] = [first, *batches]
+            return self._batches[key]
+        return itertools.chain([first], batches)
+
+    def calibration(self, number: int) -> list[Any]:
+        """The first so many calibration batches, without a last one that is smaller than others."""
+        whole = len(self.dataset("calibration")) // self._batch_size
+        return list(itertools.islice(self.batches("calibration"), min(number, max(whole, 1))))
 
 
 def shard_bounds(num: int, num_shards: int, shard: int | None) -> tuple[int, int]:

@@ -255,6 +255,11 @@ class ModelHost:
             return before
         ranking = self._ranking(candidate)
         if ranking.kind == "weights":
+            if before:
+                raise TaskError(
+                    f"weights {candidate.weights} have lost channels: ranking {candidate.ranking} "
+                    "of single weights is for dense shapes"
+                )
             return before
         kept = ranking.kept(candidate.counts)
         for name, indices in before.items():
@@ -291,7 +296,7 @@ class ModelHost:
         if candidate.reconstruct is not None:
             self._reconstruct(model, candidate, candidate.reconstruct)
         if candidate.recalibrate:
-            batches = self._splits.batches("calibration")[: candidate.recalibrate]
+            batches = self._splits.calibration(candidate.recalibrate)
             recalibrate(model, lambda batch: self.task.forward(model, batch), batches)
         return model
 
@@ -303,7 +308,7 @@ class ModelHost:
             parameters = {f"{name}.weight": name for name, _ in model.named_modules()}
             layers = {parameters[key]: mask for key, mask in masks.items() if key in parameters}
             outputs = {}
-        batches = self._splits.batches("calibration")[: how.batches]
+        batches = self._splits.calibration(how.batches)
         dense = self.build(Candidate(how.dense))
         reconstruct(
             model,

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from raycompress.errors import StructureError
-from raycompress.steps import after_step
+from raycompress.steps import after_step, stepped
 
 __all__ = [
     "Masks",
@@ -103,10 +103,12 @@ def hold(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[nn.Module]:
     Raises:
         StructureError: A mask names no parameter, or has another shape.
     """
-    held = {
-        id(tensor): (tensor, (~masks[name]).to(tensor.device))
-        for name, tensor in _parameters(model, masks).items()
-    }
+    held: dict[int, tuple[Tensor, Tensor]] = {}
+    for name, tensor in _parameters(model, masks).items():
+        removed = (~masks[name]).to(tensor.device)
+        if id(tensor) in held:  # tied: what any of its names removes
+            removed = removed | held[id(tensor)][1]
+        held[id(tensor)] = (tensor, removed)
 
     def zero(tensors: Iterator[tuple[Tensor, Tensor]]) -> None:
         with torch.no_grad():
@@ -114,8 +116,7 @@ def hold(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[nn.Module]:
                 tensor.masked_fill_(removed, 0)
 
     def again(optimizer: torch.optim.Optimizer) -> None:
-        params = (p for group in optimizer.param_groups for p in group["params"])
-        zero(held[id(p)] for p in params if id(p) in held)
+        zero(held[key] for key in stepped(optimizer) if key in held)
 
     zero(iter(held.values()))
     with after_step(model, again):
@@ -124,7 +125,8 @@ def hold(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[nn.Module]:
 
 def weight_masks(model: nn.Module, kept: Mapping[str, Tensor]) -> Masks:
     """Masks of single weights: for each parameter name, the flat indices that stay."""
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    parameters = model.named_parameters(remove_duplicate=False)
+    shapes = {name: parameter.shape for name, parameter in parameters}
     masks = {}
     for name, indices in kept.items():
         mask = torch.zeros(shapes[name].numel(), dtype=torch.bool)

@@ -73,8 +73,15 @@ class Target:
     def __post_init__(self) -> None:
         if not (self.op_types or self.op_names or self.op_names_re):
             raise ConfigError("a target must name op_types, op_names or op_names_re")
+        for name in ("op_types", "op_names", "op_names_re"):
+            if isinstance(getattr(self, name), str):
+                raise ConfigError(
+                    f"targets.{name} must be a list of names, got {getattr(self, name)!r}"
+                )
         for name in ("sparsity", "total_sparsity", "initial_sparsity", "final_sparsity"):
             value = getattr(self, name)
+            if value is not None and not isinstance(value, int | float):
+                raise ConfigError(f"targets.{name} must be a number in [0, 1), got {value!r}")
             if value is not None and not 0 <= value < 1:
                 raise ConfigError(f"targets.{name} must be in [0, 1), got {value:g}")
         for pattern in self.op_names_re:
@@ -188,7 +195,7 @@ def select_layers(model: nn.Module, targets: Sequence[Target]) -> dict[str, Choi
     """Selected layers, and what is asked of each.
 
     Args:
-        model: Its modules with a `weight` of two or more dims are the layers.
+        model: Its modules with a `weight` of two or more dims are the layers; norms are not.
         targets: Empty: every layer.
 
     Raises:
@@ -197,7 +204,8 @@ def select_layers(model: nn.Module, targets: Sequence[Target]) -> dict[str, Choi
     layers = {
         name: type(module).__name__
         for name, module in model.named_modules()
-        if getattr(getattr(module, "weight", None), "dim", lambda: 0)() >= 2
+        if not isinstance(module, nn.LayerNorm | nn.RMSNorm)
+        and getattr(getattr(module, "weight", None), "dim", lambda: 0)() >= 2
     }
     if not targets:
         return dict.fromkeys(layers, Choice())

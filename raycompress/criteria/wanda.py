@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from raycompress.collect import Probe
 from raycompress.criteria.criterion import Criterion
-from raycompress.errors import ConfigError
+from raycompress.errors import ConfigError, EvaluationError
 from raycompress.structure import Structure
 
 __all__ = ["Wanda"]
@@ -68,9 +68,17 @@ class Wanda(Criterion):
         return sums
 
     def weight_scores(self, name: str, weight: Tensor, statistics: Mapping[str, Tensor]) -> Tensor:
-        """|W| times the root of the sums, of the shape of `weight`."""
+        """|W| times the root of the sums, of the shape of `weight`.
+
+        Raises:
+            EvaluationError: The layer was never called on calibration data.
+        """
         if name not in statistics:
-            return torch.zeros_like(weight, dtype=torch.float64)  # never ran on calibration data
+            raise EvaluationError(
+                f"layer {name!r} was never called on calibration data (its weight may be used "
+                "without it, as in nn.MultiheadAttention), so Wanda knows no inputs of it: exclude "
+                "it in targets, or take another criterion"
+            )
         norms = statistics[name].double().sqrt()
         if weight.dim() > 2 and len(norms) != weight.shape[1]:  # grouped: inputs of each output
             groups = len(norms) // weight.shape[1]

@@ -14,7 +14,7 @@ from raycompress.criteria import L2, Criterion, Magnitude, channel_rows
 from raycompress.errors import ConfigError
 from raycompress.masks import prune_order
 from raycompress.pruning.pruner import Problem, Pruner
-from raycompress.pruning.units import Units, check_sparsity, plan_units
+from raycompress.pruning.units import Units, check_counts, check_sparsity, plan_units
 from raycompress.search import Candidate, Search, Training
 from raycompress.structure import ChannelGroup
 from raycompress.training.toward import Toward
@@ -67,6 +67,7 @@ class ADMM(Pruner):
     min_kept: int = 1
 
     def __post_init__(self) -> None:
+        check_counts("ADMM", self.round_to, self.min_kept)
         check_sparsity("ADMM", self.sparsity)
         if self.units not in ("weights", "channels"):
             raise ConfigError(f"ADMM.units must be 'weights' or 'channels', got {self.units!r}")

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from raycompress.criteria import criterion
 from raycompress.errors import ConfigError
 from raycompress.pruning.pruner import Problem, Pruner
-from raycompress.pruning.units import Units, check_sparsity, plan_units
+from raycompress.pruning.units import Units, check_counts, check_sparsity, plan_units
 from raycompress.search import Candidate, Search, Training
 from raycompress.targets import POOL_KEYS, SCHEDULE_KEYS
 
@@ -65,6 +65,7 @@ class AGP(Pruner):
 
     def __post_init__(self) -> None:
         criterion(self.criterion, "AGP.criterion")
+        check_counts("AGP", self.round_to, self.min_kept)
         check_sparsity("AGP", self.final_sparsity, "final_sparsity")
         check_sparsity("AGP", self.initial_sparsity, "initial_sparsity")
         if self.final_sparsity is not None and self.initial_sparsity > self.final_sparsity:

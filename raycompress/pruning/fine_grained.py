@@ -73,6 +73,12 @@ class FineGrained(Pruner):
         units = plan_units(problem, ranks, name, own, compete=self.scope == "global")
         if self.pattern and any(units.pool.values()):
             raise ConfigError(f"{name}: layers with pattern {self.pattern!r} can't compete")
+        other = next((k for k, s in units.sparsity.items() if s != own), None)
+        if pattern.kind == "n:m" and problem.budget is None and other is not None:
+            raise ConfigError(
+                f"{name}: pattern {self.pattern!r} fixes the sparsity at {own:g}, and targets ask "
+                f"{units.sparsity[other]:g} of {other!r}"
+            )
         if pattern.kind == "n:m" and problem.budget is not None:
             raise ConfigError(
                 f"{name}: pattern {self.pattern!r} fixes the sparsity, and leaves a budget nothing"
@@ -90,7 +96,13 @@ class FineGrained(Pruner):
         scores = yield from problem.scores(ranks, fitting)
         keys = {parameter_name(layer): modules[layer] for layer in fitting}
         if self.scope == "global" and needed is not None:
-            counts = Competition(scores, units.least).counts(needed)
+            contest = Competition(scores, units.least)
+            if contest.most < needed:
+                raise BudgetError(
+                    f"budget {problem.budget} can't be reached: max_sparsity_per_layer of targets "
+                    "keeps too many weights"
+                )
+            counts = contest.counts(needed)
         elif self.pattern:
             counts = self._patterned(problem, units, pattern, keys, scores, needed)
         elif needed is not None:

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from raycompress.criteria import criterion
 from raycompress.errors import ConfigError
 from raycompress.pruning.pruner import Problem, Pruner
-from raycompress.pruning.units import check_sparsity, plan_units
+from raycompress.pruning.units import check_counts, check_sparsity, plan_units
 from raycompress.search import Candidate, Search, Training
 from raycompress.targets import POOL_KEYS
 
@@ -47,6 +47,7 @@ class Iterative(Pruner):
 
     def __post_init__(self) -> None:
         criterion(self.criterion, "Iterative.criterion")
+        check_counts("Iterative", self.round_to, self.min_kept)
         check_sparsity("Iterative", self.sparsity)
         if self.rounds < 1:
             raise ConfigError(f"Iterative.rounds must be at least 1, got {self.rounds}")

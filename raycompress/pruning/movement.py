@@ -27,9 +27,10 @@ class MovementPruning(Pruner):
         score_lr: Learning rate of the scores.
         warm_up: Share of the steps before pruning starts, in [0, 1).
         cool_down: Share of the steps after the final sparsity is reached, in [0, 1).
-        soft: Remove what scores at most `threshold` in the end, instead of a given fraction; the
-            penalty decides how much that is.
-        threshold: Of the scores (soft).
+        soft: Remove what has a score whose sigmoid is at most `threshold` in the end, instead of a
+            given fraction; score_lr and the penalty decide how much that is.
+        threshold: Of the scores' sigmoid, in [0, 1) (soft). Scores begin at 0, where it is 1/2: 0.5
+            removes what lost score. The authors have 0.1, with scores trained by Adam.
         penalty: Of the scores' mean sigmoid in the loss (soft).
         retrain_epochs: Of training with the final mask; 0: none.
         lr: Peak learning rate; None takes the task's own.
@@ -41,7 +42,7 @@ class MovementPruning(Pruner):
     warm_up: float = 0.1
     cool_down: float = 0.2
     soft: bool = False
-    threshold: float = 0.1
+    threshold: float = 0.5
     penalty: float = 1.0
     retrain_epochs: float = 0.0
     lr: float | None = None
@@ -61,6 +62,10 @@ class MovementPruning(Pruner):
         if self.soft and self.sparsity is not None:
             raise ConfigError(
                 "MovementPruning: soft pruning finds its own sparsity; give soft or sparsity"
+            )
+        if not 0 <= self.threshold < 1:
+            raise ConfigError(
+                f"MovementPruning.threshold must be in [0, 1), got {self.threshold:g}"
             )
         if self.penalty < 0:
             raise ConfigError(f"MovementPruning.penalty must be 0 or more, got {self.penalty:g}")
@@ -92,7 +97,7 @@ class MovementPruning(Pruner):
         scores = {key: extra[f"{key}.score"] for key in units.num}
         counts = units.final(scores)
         if self.soft:
-            counts = {key: max(int((s > self.threshold).sum()), 1) for key, s in scores.items()}
+            counts = {key: max(int(method.kept(s).sum()), 1) for key, s in scores.items()}
         ranking = problem.ranking("weights", scores)
         after = Training(self.retrain_epochs, self.lr, problem.seed + 1000)
         asked = problem.candidate(counts, ranking, weights=weights, training=after)

@@ -10,10 +10,10 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from raycompress.criteria import L1, L2, Criterion, criterion
-from raycompress.errors import ConfigError
+from raycompress.errors import BudgetError, ConfigError
 from raycompress.pruning.allocation import Competition, below_budget
 from raycompress.pruning.pruner import Problem, Pruner, allocator
-from raycompress.pruning.units import Units, check_sparsity, plan_units
+from raycompress.pruning.units import Units, check_counts, check_sparsity, plan_units
 from raycompress.search import Candidate, Search, Trial
 from raycompress.targets import POOL_KEYS
 
@@ -51,9 +51,7 @@ class ChannelPruner(Pruner):
         check_sparsity(name, self.sparsity)
         if self.scope not in ("group", "global"):
             raise ConfigError(f"{name}.scope must be 'group' or 'global', got {self.scope!r}")
-        for key in ("round_to", "min_kept"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"{name}.{key} must be at least 1, got {getattr(self, key)}")
+        check_counts(name, self.round_to, self.min_kept)
 
     @abstractmethod
     def scorer(self) -> Criterion:
@@ -97,7 +95,13 @@ class ChannelPruner(Pruner):
         def counts(num_removed: int) -> dict[str, int]:
             return units.rounded(contest.counts(num_removed))
 
-        return below_budget(counts, contest.most, fit.meets)
+        found = below_budget(counts, contest.most, fit.meets)
+        if not fit.meets(found):
+            raise BudgetError(
+                f"budget {problem.budget} can't be reached: max_sparsity_per_layer of targets "
+                "keeps too many channels"
+            )
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)

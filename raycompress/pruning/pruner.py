@@ -7,7 +7,7 @@ import math
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -18,6 +18,7 @@ from raycompress.criteria import Criterion
 from raycompress.errors import ConfigError, EvaluationError
 from raycompress.executor import LocalExecutor
 from raycompress.masks import Masks, prune_order
+from raycompress.pruning.tied import own_weights
 from raycompress.search import Candidate, Executor, Ranking, Search, Training, Trial, run_search
 from raycompress.structure import Structure, analyze, expand
 from raycompress.targets import Choice, Target, not_understood, select_groups, select_layers
@@ -64,8 +65,8 @@ class Problem:
         return select_groups(self.model, self.structure, self.targets)
 
     def layers(self) -> dict[str, Choice]:
-        """Targeted layers, with what targets ask of each."""
-        return select_layers(self.model, self.targets)
+        """Targeted layers, with what targets ask of each; of tied ones the first."""
+        return own_weights(self.model, select_layers(self.model, self.targets))
 
     def scores(
         self, criterion: Criterion, names: Sequence[str], weights: str | None = None
@@ -181,13 +182,14 @@ class Pruner(ABC):
         checks targets, sparsities and the budget.
         """
         self.check_targets(problem.targets)
-        search = self.search(problem)
-        try:
-            next(search)
-        except StopIteration:
-            pass
-        finally:
-            search.close()
+        with tempfile.TemporaryDirectory() as folder:  # what it stores goes with the search
+            search = self.search(replace(problem, store=WeightStore(folder)))
+            try:
+                next(search)
+            except StopIteration:
+                pass
+            finally:
+                search.close()
 
     def check_targets(self, targets: Sequence[Target]) -> None:
         """Raises a ConfigError for keys of targets that this pruner wouldn't honour."""
@@ -220,6 +222,7 @@ class Pruner(ABC):
         Returns:
             Complete masks of the winner: `masked_copy` applies them, `slim` shrinks the model.
         """
+        self.check_targets(targets)
         structure = analyze(model, task.example_inputs(), form="module")
         with tempfile.TemporaryDirectory() as folder:
             store = WeightStore(folder)

@@ -12,7 +12,7 @@ from torch import Tensor
 from raycompress.criteria import criterion
 from raycompress.errors import ConfigError
 from raycompress.pruning.pruner import Problem, Pruner
-from raycompress.pruning.units import check_sparsity, plan_units
+from raycompress.pruning.units import check_counts, check_sparsity, plan_units
 from raycompress.search import Candidate, Search, Training
 from raycompress.structure import Structure
 from raycompress.targets import POOL_KEYS
@@ -55,6 +55,7 @@ class SoftFilter(Pruner):
 
     def __post_init__(self) -> None:
         criterion(self.criterion, "SoftFilter.criterion", "channels")
+        check_counts("SoftFilter", self.round_to, self.min_kept)
         check_sparsity("SoftFilter", self.sparsity)
         if self.intervals < 1:
             raise ConfigError(f"SoftFilter.intervals must be at least 1, got {self.intervals}")

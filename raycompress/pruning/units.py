@@ -19,7 +19,7 @@ from raycompress.pruning.allocation import Competition
 from raycompress.pruning.pruner import Problem, allocator
 from raycompress.targets import Choice
 
-__all__ = ["Units", "check_sparsity", "plan_units", "removable"]
+__all__ = ["Units", "check_counts", "check_sparsity", "plan_units", "removable"]
 
 
 @dataclass(frozen=True)
@@ -133,8 +133,13 @@ def plan_units(
         num = {name: int(modules[name].weight.numel()) for name in choices}
         step, least = dict.fromkeys(num, 1), dict.fromkeys(num, 1)
         key_of = {name: parameter_name(name) for name in choices}
+    if not choices:
+        what = "channel group that can be pruned" if channels else "layer with weights to prune"
+        raise ConfigError(f"{pruner}: the model has no {what}")
     if problem.budget is not None or compete:
         _undecided(choices, pruner, problem.budget is not None)
+    if problem.budget is not None and not compete:
+        _uncontested(choices, pruner)
     if compete:
         if problem.budget is None and sparsity is None:
             raise ConfigError(f"{pruner} needs a sparsity: give {pruner}.sparsity, or a budget")
@@ -154,7 +159,7 @@ def plan_units(
     def keyed(values: Mapping[str, Any]) -> dict[str, Any]:
         return {key_of[name]: values[name] for name in choices}
 
-    return Units(
+    units = Units(
         names=list(choices),
         num=keyed(num),
         sparsity=keyed(wanted),
@@ -163,6 +168,33 @@ def plan_units(
         pool=keyed({name: "all" if compete else choice.pool for name, choice in choices.items()}),
         choices=keyed(choices),
     )
+    _check_caps(units)
+    return units
+
+
+def _uncontested(choices: Mapping[str, Choice], pruner: str) -> None:
+    pooled = next((name for name, choice in choices.items() if choice.pool), None)
+    if pooled is not None:
+        raise ConfigError(
+            f"targets let {pooled!r} compete with others, and the job has a budget, for which "
+            f"{pruner} gives all the same sparsity: they can't both decide"
+        )
+
+
+def _check_caps(units: Units) -> None:
+    """Raises a ConfigError for pools that `max_sparsity_per_layer` keeps from their sparsity."""
+    for pool in set(units.pool.values()) - {""}:
+        keys = [key for key in units.num if units.pool[key] == pool]
+        if all(units.choices[key].max_sparsity == 1 for key in keys):
+            continue
+        total = sum(units.num[key] for key in keys)
+        most = total - sum(units.least[key] for key in keys)
+        wanted = units.sparsity[keys[0]]
+        if int(total * wanted + 1e-9) > most:
+            raise ConfigError(
+                f"targets: with max_sparsity_per_layer at most {most / total:.3g} of the units of "
+                f"{'all layers' if pool == 'all' else pool} can go, and {wanted:g} is asked for"
+            )
 
 
 def _undecided(choices: Mapping[str, Choice], pruner: str, budget: bool) -> None:
@@ -177,6 +209,13 @@ def _undecided(choices: Mapping[str, Choice], pruner: str, budget: bool) -> None
             f"targets give {fixed[0]!r} a sparsity of its own, which {pruner}.scope 'global' "
             "is to find"
         )
+
+
+def check_counts(pruner: str, round_to: int, min_kept: int) -> None:
+    """Raises a ConfigError for kept counts that can't be."""
+    for key, value in (("round_to", round_to), ("min_kept", min_kept)):
+        if value < 1:
+            raise ConfigError(f"{pruner}.{key} must be at least 1, got {value}")
 
 
 def check_sparsity(pruner: str, sparsity: float | None, name: str = "sparsity") -> None:

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from raycompress.errors import TaskError
 from raycompress.method import TrainingMethod, TrainingRun
-from raycompress.steps import before_step
+from raycompress.steps import before_step, stepped
 
 __all__ = ["ScaleSparsity"]
 
@@ -45,9 +45,10 @@ class ScaleSparsity(TrainingMethod):
         if not scales:
             raise TaskError("sparsity of norm scales needs a model with BatchNorm scales")
 
-        def shrink(_: torch.optim.Optimizer) -> None:
+        def shrink(optimizer: torch.optim.Optimizer) -> None:
+            now = stepped(optimizer)
             for scale in scales:
-                if scale.grad is not None:
+                if id(scale) in now and scale.grad is not None:
                     scale.grad.add_(scale.detach().sign(), alpha=self.strength)
 
         with before_step(run.model, shrink):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from raycompress.method import TrainingMethod, TrainingRun
-from raycompress.steps import before_step
+from raycompress.steps import before_step, stepped
 
 __all__ = ["Toward"]
 
@@ -31,14 +31,15 @@ class Toward(TrainingMethod):
     @contextmanager
     def around(self, run: TrainingRun) -> Iterator[None]:
         """Adds the gradient before every step."""
-        parameters = dict(run.model.named_parameters())
+        parameters = dict(run.model.named_parameters(remove_duplicate=False))
         targets = run.weights(self.target).state
         pairs = [(parameters[name], target.to(run.device)) for name, target in targets.items()]
 
-        def pull(_: torch.optim.Optimizer) -> None:
+        def pull(optimizer: torch.optim.Optimizer) -> None:
+            now = stepped(optimizer)
             with torch.no_grad():
                 for parameter, target in pairs:
-                    if parameter.grad is not None:
+                    if id(parameter) in now and parameter.grad is not None:
                         parameter.grad.add_(parameter - target, alpha=self.rho)
 
         with before_step(run.model, pull):

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -70,6 +70,7 @@ def test_one_threshold_over_all_groups():
     assert scores["a"].tolist() == [5.0, 1.0, 3.0]
 
 
+@settings(deadline=None)  # the first call warms up
 @given(
     st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=6), min_size=1, max_size=4),
     st.integers(0, 30),

@@ -27,7 +27,7 @@ class TestHardWithin(PrunerContract):
 
 
 class TestSoft(PrunerContract):
-    pruner = MovementPruning(soft=True, epochs=2, score_lr=1.0, threshold=0.0)
+    pruner = MovementPruning(soft=True, epochs=2, score_lr=1.0)
 
 
 def test_scores_accumulate_minus_gradient_times_weight():
@@ -45,6 +45,7 @@ def test_scores_accumulate_minus_gradient_times_weight():
         # S = -0.5 * g * w = (-0.2, 0.4): the first shrinks (1 -> 0.96), the second grows.
         # One of two steps: 1 - (1/2)^3 = 7/8 of 50 % of 2 weights is none yet.
         assert torch.allclose(model.weight.data, torch.tensor([[0.96, -2.04]]))
+        run.step = 1
         model.weight.grad = torch.tensor([[0.4, 0.4]])
         optimizer.step()
         # The end: the first has the lower score and goes.
@@ -97,7 +98,7 @@ def test_soft_pruning_removes_what_scores_low(tmp_path):
     removed = []
     for penalty in (0.0, 50.0):
         pruner = MovementPruning(
-            soft=True, epochs=4, score_lr=0.5, threshold=-0.01, penalty=penalty
+            soft=True, epochs=4, score_lr=0.5, threshold=0.4975, penalty=penalty
         )
         winner = run_search(pruner.search(problem), executor)
         masks = executor.host.masks(winner)
@@ -119,6 +120,7 @@ def test_loop_that_reports_no_progress_is_told():
         ({"warm_up": 0.6, "cool_down": 0.4}, "below 1 together, got 0.6 and 0.4"),
         ({"soft": True, "sparsity": 0.5}, "give soft or sparsity"),
         ({"retrain_epochs": -1}, "must be 0 or more, got -1"),
+        ({"threshold": 1.0}, r"MovementPruning.threshold must be in \[0, 1\), got 1"),
     ],
 )
 def test_bad_fields(keys, message):
