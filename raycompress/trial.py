@@ -176,6 +176,10 @@ def run_trial(
 
         winner = run_search(pruner.search(problem), pool, on_step)
         judged = pool.evaluate([winner])[0]
+        if curve:
+            spent += judged.dfe
+        else:  # it asked for nothing: its answer is its only step
+            on_step(0, [judged])
         if judged.weights is not None:  # what was trained is the winner, not the training
             winner = replace(
                 winner, weights=judged.weights, training=None, recalibrate=0, reconstruct=None
@@ -190,7 +194,7 @@ def run_trial(
             "loss": judged.loss,
             "failure": judged.failure,
             "dfe": pool.dfe,
-            "total_dfe": spent + judged.dfe,
+            "total_dfe": spent,
             "evaluated": pool.num_evaluated,
             "replayed": replayed,
             "seconds": round(time.monotonic() - start, 3),
