@@ -45,6 +45,8 @@ def save(
         VerificationError: what was written computes something else.
     """
     path = Path(path)
+    if not path.parent.is_dir():
+        raise ArtifactError(f"{path}: there is no folder {path.parent}")
     if path.suffix == ".safetensors":
         from raycompress.artifacts.recipe import save_recipe
 

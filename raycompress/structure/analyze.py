@@ -72,6 +72,12 @@ def analyze(
         StructureError: the model doesn't run on the example inputs, `ignore` names nothing, or
             the model has no graph form where that is asked for.
     """
+    for key, value, allowed in (
+        ("heads", heads, ("whole", "dim")),
+        ("form", form, ("auto", "module", "graph")),
+    ):
+        if value not in allowed:
+            raise StructureError(f"{key} must be one of {', '.join(allowed)}, got {value!r}")
     args, kwargs = as_call(example_inputs)
     protected = _protected(model, ignore)
 
@@ -156,6 +162,8 @@ def _collect(seen: Trace, model: nn.Module, heads: Literal["whole", "dim"]) -> D
 
 
 def _protected(model: nn.Module, ignore: Collection[str]) -> set[str]:
+    if isinstance(ignore, str):
+        raise StructureError(f"ignore must be a list of names, got {ignore!r}; write [{ignore!r}]")
     modules = dict(model.named_modules())
     found: set[str] = set()
     for name in ignore:

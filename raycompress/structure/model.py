@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -49,7 +49,7 @@ class Member:
 
     parameter: str
     dim: int
-    indices: NDArray[np.int64]
+    indices: NDArray[np.int64] = field(repr=False)
     role: Role
 
 
@@ -186,6 +186,14 @@ class Structure:
     plan: GraphPlan | None = None
     query_rows: tuple[QueryRows, ...] = ()
 
+    def __repr__(self) -> str:
+        """In a line; `raycompress.structure.tables` prints the rest."""
+        cost = self.cost()
+        return (
+            f"Structure({self.form} form, {len(self.groups)} channel groups, "
+            f"{cost.params:,} parameters, {cost.macs:,} MACs)"
+        )
+
     @property
     def form(self) -> Literal["module", "graph"]:
         """What `slim` makes: the user's class, or the exported graph."""
@@ -268,7 +276,13 @@ class Structure:
             group = self.group(name)
             if group.name in result:
                 raise StructureError(f"group {group.name!r} is given twice, also as {name!r}")
-            raw = np.asarray(value, dtype=np.int64).reshape(-1)
+            given = np.asarray(value)
+            if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
+                raise StructureError(
+                    f"group {name!r}: kept channels are a list of indices, got {given.dtype} of "
+                    f"shape {given.shape}"
+                )
+            raw = given.astype(np.int64)
             unique = np.unique(raw)
             n = group.num_channels
             if len(unique) != len(raw):

@@ -138,6 +138,9 @@ def test_suffixes_and_arguments(tmp_path):
         raycompress.save(model, tmp_path / "model.pth", example)
     with pytest.raises(ArtifactError, match=r"the suffix must be \.safetensors"):
         raycompress.load(tmp_path / "model.pth")
+    for suffix in ("safetensors", "pt2", "onnx"):
+        with pytest.raises(ArtifactError, match=r"there is no folder .*nowhere"):
+            raycompress.save(model, tmp_path / "nowhere" / f"model.{suffix}", example)
     for suffix in ("pt2", "onnx"):
         with pytest.raises(ArtifactError, match=r"is traced, which needs example_inputs"):
             raycompress.save(model, tmp_path / f"model.{suffix}")

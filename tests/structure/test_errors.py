@@ -281,3 +281,28 @@ def test_groups_tell_their_producers_and_roles() -> None:
     roles = {(m.parameter, m.dim): m.role for m in group.members}
     assert roles["stem.0.weight", 0] == "producer" and roles["head.weight", 1] == "consumer"
     assert roles["stem.1.running_mean", 0] == "norm" and roles["scale", 0] == "elementwise"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"form": "fx"}, "form must be one of auto, module, graph, got 'fx'"),
+        ({"heads": "all"}, "heads must be one of whole, dim, got 'all'"),
+        ({"ignore": "conv"}, r"ignore must be a list of names, got 'conv'; write \['conv'\]"),
+    ],
+)
+def test_options_that_do_not_exist(options: dict[str, str], message: str) -> None:
+    with pytest.raises(StructureError, match=message):
+        analyze(Plain().eval(), EXAMPLE, **options)
+
+
+def test_kept_channels_are_indices() -> None:
+    model = Plain().eval()
+    structure = analyze(model, EXAMPLE)
+    group = structure.groups[0]
+    every = torch.ones(group.num_channels, dtype=torch.bool)
+    for wrong in (4, every, [0.0, 1.0]):
+        with pytest.raises(StructureError, match="kept channels are a list of indices, got "):
+            slim(model, structure, {group.name: wrong})
+    assert f"{len(structure.groups)} channel groups" in repr(structure)
+    assert len(repr(structure.groups)) < 2000
