@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from raycompress.pruning import L1Filter, Level, Pruner, SimulatedAnnealing
     from raycompress.results import JobResult
     from raycompress.structure import analyze, slim, verify
-    from raycompress.targets import Target
+    from raycompress.targets import Target, config_list
     from raycompress.task import ClassificationTask, Split, Task, split_indices
 
 _HOMES = {
@@ -36,6 +36,7 @@ _HOMES = {
     "Task": "task",
     "TaskError": "errors",
     "analyze": "structure",
+    "config_list": "targets",
     "hold": "masks",
     "load": "artifacts",
     "load_masks": "masks",
@@ -63,6 +64,7 @@ __all__ = [
     "Task",
     "TaskError",
     "analyze",
+    "config_list",
     "hold",
     "load",
     "load_masks",

@@ -61,6 +61,8 @@ class Budget:
         Raises:
             ConfigError: An unknown resource, or a value outside of what it may be.
         """
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"{key} must be a mapping such as {{'macs': '50%'}}, got {values!r}")
         if not values:
             raise ConfigError(f"{key} must name a resource, one of {', '.join(RESOURCES)}")
         limits = []
@@ -71,7 +73,13 @@ class Budget:
                 raise ConfigError(
                     f"{key}.{name} is no resource; allowed: {', '.join(RESOURCES)}{hint}"
                 )
-            limits.append((name, _limit(value, f"{key}.{name}")))
+            limit = _limit(value, f"{key}.{name}")
+            if name != "latency_ms" and not limit.relative and limit.value <= 1:
+                raise ConfigError(
+                    f"{key}.{name} is a number of {name}, or a percentage kept: got {value!r}; "
+                    f"write '{100 * limit.value:g}%' for that fraction"
+                )
+            limits.append((name, limit))
         return Budget(tuple(limits))
 
     def __str__(self) -> str:

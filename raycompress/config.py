@@ -166,7 +166,7 @@ class ClusterConfig:
 
     Attributes:
         executor: "ray": on a cluster, or on a local Ray that starts by itself; "local": in this
-            process, one unit after the other.
+            process, on the CPU, one unit after the other.
         address: Of a running cluster; None: the one that Ray finds (as in a submitted job), or a
             local one.
         replicas: Model replicas of each trial.
@@ -194,6 +194,11 @@ class ClusterConfig:
                 _positive(f"cluster.{name}", getattr(self, name))
         if self.gpus < 0:
             raise ConfigError(f"cluster.gpus must be 0 or more, got {self.gpus:g}")
+        if self.gpus and self.executor == "local":
+            raise ConfigError(
+                f"cluster.gpus must be 0 with executor 'local', which runs on the CPU, got "
+                f"{self.gpus:g}; executor 'ray' starts a local Ray by itself"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

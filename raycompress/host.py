@@ -160,6 +160,18 @@ class ModelHost:
             whole=self._whole,
         )
 
+    def check_state(self, state: Mapping[str, Tensor]) -> None:
+        """Raises a TaskError if weights aren't those of a model that the task builds."""
+        built = {key: tuple(value.shape) for key, value in self._base.state_dict().items()}
+        given = {key: tuple(value.shape) for key, value in state.items()}
+        key = next((k for k in [*built, *given] if built.get(k) != given.get(k)), None)
+        if key is not None:
+            raise TaskError(
+                f"{type(self.task).__name__}.build_model must build models like the one given: "
+                f"{key!r} has shape {built.get(key, 'none')} in the task's, "
+                f"{given.get(key, 'none')} in the one given"
+            )
+
     def publish(self, ranking: Ranking) -> None:
         """Makes a ranking known."""
         self._rankings[ranking.digest] = ranking
@@ -414,6 +426,11 @@ class ModelHost:
             ):
                 outputs = self.task.forward(model, batch)
             scores = self.task.score(outputs, batch)
+            if scores.dim() != 1:
+                raise TaskError(
+                    f"{type(self.task).__name__}.score must return one number for each example, "
+                    f"got shape {tuple(scores.shape)}"
+                )
             size = scores.shape[0]
             count += size
             score += float(scores.double().sum())

@@ -169,20 +169,34 @@ def not_understood(targets: Sequence[Target], understood: Iterable[str]) -> str:
     return ""
 
 
-def config_list(entries: Iterable[Mapping[str, Any]]) -> tuple[Target, ...]:
+def config_list(entries: Iterable[Mapping[str, Any] | Target]) -> tuple[Target, ...]:
     """Targets from NNI's `config_list`, such as [{"sparsity": 0.5, "op_types": ["Conv2d"]}].
 
+    Later entries win where they overlap: `{"op_names": ["conv1"], "exclude": True}` goes last.
+
+    Args:
+        entries: The fields of `Target` as mappings; targets stay as they are.
+
     Raises:
-        ConfigError: An unknown key, with what it may have meant.
+        ConfigError: No list, or an unknown key, with what it may have meant.
     """
+    if isinstance(entries, Mapping | str):
+        raise ConfigError(
+            f"config_list must be a list of entries, got {entries!r}; write [{{...}}]"
+        )
     known = [f.name for f in fields(Target)]
     targets = []
     for index, entry in enumerate(entries):
+        if isinstance(entry, Target):
+            targets.append(entry)
+            continue
+        if not isinstance(entry, Mapping):
+            raise ConfigError(f"config_list[{index}] must be a mapping, got {entry!r}")
         for key in entry:
             if key not in known:
-                allowed = f"; allowed: {', '.join(known)}"
                 raise ConfigError(
-                    f"config_list[{index}]: no key {key!r}{near(key, known, allowed)}"
+                    f"config_list[{index}]: no key {key!r}{near(key, known)}; "
+                    f"allowed: {', '.join(known)}"
                 )
         values: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()
@@ -316,7 +330,9 @@ def select_groups(
             raise ConfigError(_contradiction(explicit))
         chosen[group.name] = next(iter(explicit.values()), Choice())
     if not chosen:
-        raise ConfigError("targets select no channel group that can be pruned")
+        frozen = {f.parameter.rpartition(".")[0]: f.reason for f in structure.frozen if f.dim == 0}
+        why = next((f": the outputs of {n!r}: {frozen[n]}" for n in layers if n in frozen), "")
+        raise ConfigError(f"targets select no channel group that can be pruned{why}")
     return chosen
 
 

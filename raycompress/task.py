@@ -129,10 +129,15 @@ class Task(ABC):
                 for batch in self.batches(data, shuffled, self.batch_size, device):
                     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                         loss = self.loss(self.forward(model, batch), batch)
-                    value = float(loss.detach())
-                    if loss.dim() != 0 or not torch.isfinite(loss.detach()):
+                    if loss.dim() != 0:
                         raise TaskError(
-                            f"{type(self).__name__}.loss must return a finite scalar, got {value} "
+                            f"{type(self).__name__}.loss must return a scalar tensor, got shape "
+                            f"{tuple(loss.shape)}"
+                        )
+                    value = float(loss.detach())
+                    if not torch.isfinite(loss.detach()):
+                        raise TaskError(
+                            f"{type(self).__name__}.loss must be finite, got {value} "
                             f"at training step {step + 1} of {num_steps}; lower the learning rate "
                             f"(now {self.lr if lr is None else lr}) or check the data"
                         )
@@ -221,6 +226,16 @@ def split_indices(num: int, sizes: dict[str, int], seed: int = 0) -> dict[str, l
     return parts
 
 
+def _own(what: str, method: Callable[[], Any]) -> Any:
+    """What a task's method returns on validation examples; its exception is the task's fault."""
+    try:
+        return method()
+    except Exception as error:
+        raise TaskError(
+            f"{what} failed on validation examples: {type(error).__name__}: {error}"
+        ) from error
+
+
 def check_task(task: Task, model: nn.Module | None = None) -> nn.Module:
     """Runs two validation examples through a task, so that mistakes show before a job starts.
 
@@ -274,7 +289,8 @@ def check_task(task: Task, model: nn.Module | None = None) -> nn.Module:
         except Exception as error:
             raise TaskError(
                 f"{name}: the model doesn't take its own validation examples: "
-                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''} "
+                f"({name}.inputs(batch) says what of a batch the model is given)"
             ) from error
         try:
             model(*task.example_inputs())
@@ -283,14 +299,14 @@ def check_task(task: Task, model: nn.Module | None = None) -> nn.Module:
                 f"{name}: the model doesn't fit {name}.example_inputs(): "
                 f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             ) from error
-        loss = task.loss(outputs, batch)
+        loss = _own(f"{name}.loss", lambda: task.loss(outputs, batch))
         if not isinstance(loss, Tensor) or loss.dim() != 0:
             shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise TaskError(f"{name}.loss must return a scalar tensor, got {shape}")
         if not torch.isfinite(loss):
             raise TaskError(f"{name}.loss must be finite, got {float(loss)} on validation data")
         if type(task).evaluate is Task.evaluate:
-            score = task.score(outputs, batch)
+            score = _own(f"{name}.score", lambda: task.score(outputs, batch))
             shape = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
             if not isinstance(score, Tensor) or score.shape != (count,):
                 raise TaskError(

@@ -25,7 +25,10 @@ def dotted(path: KeyPath) -> str:
 
 def near(name: object, known: Iterable[str], otherwise: str = "") -> str:
     """A hint with known names that are close to a wrong one, else `otherwise`."""
-    close = difflib.get_close_matches(str(name), list(dict.fromkeys(known)), 3, 0.6)
+    names = list(dict.fromkeys(known))
+    close = difflib.get_close_matches(str(name), names, 3, 0.6)
+    if not close:  # "L1" and "l1" have nothing in common but the digit
+        close = [each for each in names if each.lower() == str(name).lower()]
     return f"; did you mean {' or '.join(map(repr, close))}?" if close else otherwise
 
 

@@ -62,6 +62,18 @@ def test_percentages_and_milliseconds():
         both.excess(cost, cost)
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"macs": 0.5}, r"budget.macs .*: got 0.5; write '50%' for that fraction"),
+        ("50%", r"budget must be a mapping such as {'macs': '50%'}, got '50%'"),
+    ],
+)
+def test_what_a_fraction_and_a_budget_look_like(values, message):
+    with pytest.raises(ConfigError, match=message):
+        Budget.of(values)
+
+
 def test_uniform_fit_by_hand(structure):
     # 60 % of 9 ms is 5.4: 1 + 8 f / 2 + 16 f / 4 = 1 + 8 f, so f = 0.55, 4 and 8 channels: 5 ms.
     # The rest of 0.4 ms is one more of the second group (0.25), and then nothing fits.

@@ -105,6 +105,7 @@ def test_all_mistakes_are_listed_in_the_files_order(write):
         ("recover: 3", "line 11: recover must be a mapping of keys to values, got 3"),
         ("recover: {epochs: .inf}", "line 11: recover.epochs must be plain data with finite"),
         ("cluster: {replica: 3}", "line 11: cluster.replica is no key of cluster; did you mean"),
+        ("cluster: {executor: local, gpus: 1}", "line 11: cluster.gpus must be 0 with executor "),
         ("cluster: {executor: rey}", "line 11: cluster.executor must be one of 'ray', 'local', "),
         ("cluster: {max_concurrent: 0}", "line 11: cluster.max_concurrent must be above 0, got 0"),
         ("evaluation:\n  threads: 0", "line 12: evaluation.threads must be at least 1, got 0"),

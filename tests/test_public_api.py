@@ -20,6 +20,7 @@ def test_names_are_pinned_and_load():
         "Task",
         "TaskError",
         "analyze",
+        "config_list",
         "hold",
         "load",
         "load_masks",

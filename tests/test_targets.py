@@ -108,8 +108,29 @@ def test_entries_of_one_id_compete_together():
         ),
         ({"op_types": ["Conv2d"], "frequency": 0}, "targets.frequency must be above 0, got 0"),
         ({"op_types": ["Conv2d"], "prune_iterations": 0}, "must be at least 1, got 0"),
+        (
+            {"op_types": ["Conv2d"], "sparsity": "0.5"},
+            r"sparsity must be a number in \[0, 1\), got '0.5'",
+        ),
+        ({"op_types": "Conv2d"}, r"op_types must be a list of names, got 'Conv2d'"),
+        ("Conv2d", r"config_list\[0\] must be a mapping, got 'Conv2d'"),
     ],
 )
 def test_mistakes_name_the_key(entry, message):
     with pytest.raises(ConfigError, match=message):
         config_list([entry])
+
+
+def test_a_list_is_asked_for_and_targets_stay_as_they_are():
+    target = Target(op_types=("Conv2d",), sparsity=0.5)
+    assert config_list([target, {"op_types": ["Conv2d"], "sparsity": 0.5}]) == (target, target)
+    with pytest.raises(ConfigError, match="config_list must be a list of entries, got"):
+        config_list({"op_types": ["Conv2d"]})
+
+
+def test_why_nothing_that_targets_select_can_be_pruned():
+    task = ToyTask()
+    model = task.build_model()
+    structure = raycompress.analyze(model, task.example_inputs())
+    with pytest.raises(ConfigError, match="the outputs of 'fc': reaches the model's output"):
+        select_groups(model, structure, [Target(op_names=("fc",))])

@@ -32,6 +32,14 @@ def broken(**methods):
             "Broken.loss must return a scalar tensor, got (2, 3)",
         ),
         (
+            broken(loss=lambda self, o, b: nn.functional.cross_entropy(o, b[1] + 3)),
+            "Broken.loss failed on validation examples: IndexError: Target",
+        ),
+        (
+            broken(score=lambda self, o, b: o[:, 3]),
+            "Broken.score failed on validation examples: IndexError",
+        ),
+        (
             broken(build_model=lambda self: "net"),
             "Broken.build_model must return a torch.nn.Module, got str",
         ),

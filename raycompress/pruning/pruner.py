@@ -6,22 +6,29 @@ import copy
 import math
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from raycompress.budget import Allocator, Budget, Pricing
 from raycompress.criteria import Criterion
-from raycompress.errors import ConfigError, EvaluationError
+from raycompress.errors import ConfigError, EvaluationError, TaskError
 from raycompress.executor import LocalExecutor
 from raycompress.masks import Masks, prune_order
 from raycompress.pruning.tied import own_weights
 from raycompress.search import Candidate, Executor, Ranking, Search, Training, Trial, run_search
 from raycompress.structure import Structure, analyze, expand
-from raycompress.targets import Choice, Target, not_understood, select_groups, select_layers
+from raycompress.targets import (
+    Choice,
+    Target,
+    config_list,
+    not_understood,
+    select_groups,
+    select_layers,
+)
 from raycompress.task import Task
 from raycompress.weights import Weights, WeightStore
 
@@ -195,13 +202,17 @@ class Pruner(ABC):
         """Raises a ConfigError for keys of targets that this pruner wouldn't honour."""
         key = not_understood(targets, self.understands)
         if key:
-            raise ConfigError(f"targets.{key} is nothing that {type(self).__name__} can honour")
+            allowed = ", ".join(("sparsity", "final_sparsity", *self.understands))
+            raise ConfigError(
+                f"targets.{key} is nothing that {type(self).__name__} can honour; "
+                f"allowed: {allowed}"
+            )
 
     def prune(
         self,
         model: nn.Module,
         task: Task,
-        targets: Sequence[Target] = (),
+        targets: Iterable[Target | Mapping[str, Any]] = (),
         *,
         budget: Mapping[str, str | float] | None = None,
         seed: int = 0,
@@ -212,8 +223,9 @@ class Pruner(ABC):
         Args:
             model: Dense, on the CPU. Pruners that train leave it with the trained weights; the
                 others only read it.
-            task: Judges candidates.
-            targets: Which layers may be pruned; empty: all.
+            task: Judges candidates. Its `build_model` makes models like `model`, whose weights
+                they get.
+            targets: Which layers may be pruned, as NNI's `config_list`; empty: all.
             budget: What may be kept, such as {"macs": "50%"}. "latency_ms" is measured here first,
                 at batch size 1.
             seed: Of everything that the search draws.
@@ -221,14 +233,24 @@ class Pruner(ABC):
 
         Returns:
             Complete masks of the winner: `masked_copy` applies them, `slim` shrinks the model.
+
+        Raises:
+            ConfigError: Targets, sparsity, budget or device can't be honoured.
+            BudgetError: The budget can't be met.
+            TaskError: `task` is none, or is for another model.
         """
-        self.check_targets(targets)
-        structure = analyze(model, task.example_inputs(), form="module")
+        if not isinstance(task, Task):
+            raise TaskError(f"task must be an instance of raycompress.Task, got {task!r}")
+        _check_device(device)
+        chosen = config_list(targets)
+        self.check_targets(chosen)
+        structure = analyze(model, _example_inputs(task), form="module")
         with tempfile.TemporaryDirectory() as folder:
             store = WeightStore(folder)
             weights = Weights(model.state_dict(), {})
             digest = store.put(weights)
             executor = LocalExecutor(task, structure, store, device=device)
+            executor.host.check_state(weights.state)
             limits = None if budget is None else Budget.of(budget)
             problem = Problem(
                 model=model,
@@ -237,7 +259,7 @@ class Pruner(ABC):
                 executor=executor,
                 store=store,
                 budget=limits,
-                targets=targets,
+                targets=chosen,
                 seed=seed,
                 latency=executor.latency_table()
                 if limits is not None and limits.names_latency
@@ -249,6 +271,24 @@ class Pruner(ABC):
                 trained = executor.evaluate([winner])[0].weights or winner.weights
                 model.load_state_dict(problem.dense(trained).state_dict())
             return masks
+
+
+def _example_inputs(task: Task) -> tuple[Any, ...]:
+    try:
+        return task.example_inputs()
+    except Exception as error:
+        raise TaskError(
+            f"{type(task).__name__}.example_inputs failed: {type(error).__name__}: {error}; its "
+            "default takes examples of dataset('validation'), which must have len() and [i]"
+        ) from error
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device {device!r} can't be used here: {reason}") from error
 
 
 def allocator(

@@ -220,6 +220,8 @@ def check_counts(pruner: str, round_to: int, min_kept: int) -> None:
 
 def check_sparsity(pruner: str, sparsity: float | None, name: str = "sparsity") -> None:
     """Raises a ConfigError for what is no fraction in [0, 1)."""
+    if sparsity is not None and not isinstance(sparsity, int | float):
+        raise ConfigError(f"{pruner}.{name} must be a number, got {sparsity!r}")
     if sparsity is not None and not 0 <= sparsity < 1:
         raise ConfigError(f"{pruner}.{name} must be in [0, 1), got {sparsity:g}")
 

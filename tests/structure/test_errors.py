@@ -15,11 +15,11 @@ from raycompress.structure import (
     analyze,
     elementwise,
     expand,
-    operators,
     register_operator,
     slim,
     verify,
 )
+from raycompress.structure.rules import operators
 
 EXAMPLE = (torch.zeros(1, 3, 8, 8),)
 
