@@ -23,6 +23,7 @@ __all__ = [
     "ModelConfig",
     "RecoverConfig",
     "SensitivityConfig",
+    "StructureConfig",
     "TrackingConfig",
     "TrainingConfig",
 ]
@@ -97,6 +98,19 @@ class ModelConfig:
 
     weights: str | None = None
     pretrain: TrainingConfig | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StructureConfig:
+    """What may leave the model at all, whatever pruners and targets ask for.
+
+    Attributes:
+        ignore: Module names (a name covers what is below it) or class names that are protected.
+        heads: Attention loses whole heads ("whole") or the same positions of every head ("dim").
+    """
+
+    ignore: tuple[str, ...] = ()
+    heads: Literal["whole", "dim"] = "whole"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,6 +243,7 @@ class JobConfig:
         task_args: Keyword arguments of its constructor.
         seed: Of everything that is random outside of trials.
         model: Where the dense weights come from.
+        structure: What may leave the model at all.
         targets: Which layers may be pruned (NNI's config_list); empty: all.
         sensitivity: Analyse the groups first; None: no.
         pruners: Each a mapping with `type` (a name of raycompress.pruning, or an import path) and
@@ -251,6 +266,7 @@ class JobConfig:
     task_args: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     model: ModelConfig = ModelConfig()
+    structure: StructureConfig = StructureConfig()
     targets: tuple[Target, ...] = ()
     sensitivity: SensitivityConfig | None = None
     pruners: tuple[dict[str, Any], ...] = ()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from raycompress.host import Evaluation, HostInfo, ModelHost, Unit, UnitResult
+from raycompress.identity import structure_digest
 from raycompress.ledger import Ledger
 from raycompress.search import Candidate, Ranking, Shard, Trial, digest_of
 from raycompress.structure import Structure
@@ -55,6 +56,7 @@ class LedgerExecutor(ABC):
         self.dfe = 0.0
         self.num_evaluated = 0
         self._memory: dict[str, Mapping[str, Any]] = {}
+        self._structure = structure_digest(structure)
         self._dense_macs = max(structure.cost().macs, 1)
         self.rankings: dict[str, Ranking] = {}
 
@@ -240,6 +242,7 @@ class LedgerExecutor(ABC):
                 "kind": kind,
                 "task": info.task,
                 "data": info.data,
+                "structure": self._structure,
                 "evaluation": asdict(self.evaluation),
                 "numeric_class": info.numeric_class,
                 **what,

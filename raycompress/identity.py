@@ -8,12 +8,14 @@ import platform
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from raycompress.structure import Structure
 from raycompress.task import Task
 
-__all__ = ["data_digest", "numeric_class", "task_digest"]
+__all__ = ["data_digest", "numeric_class", "structure_digest", "task_digest"]
 
 
 def task_digest(task: Task) -> str:
@@ -61,4 +63,18 @@ def data_digest(datasets: Mapping[str, Any]) -> str:
         for index in sorted({0, len(data) // 2, len(data) - 1}):
             _update_with_tensors(content, data[index])
     content.update(repr(sorted((name, len(data)) for name, data in datasets.items())).encode())
+    return content.hexdigest()[:16]
+
+
+def structure_digest(structure: Structure) -> str:
+    """SHA-256 over what each channel of each group holds, as 16 hex digits.
+
+    Kept counts and channel indices mean something within one structure alone.
+    """
+    content = hashlib.sha256()
+    for group in structure.groups:
+        content.update(f"{group.name}:{group.num_channels};".encode())
+        for member in group.members:
+            content.update(f"{member.parameter}:{member.dim};".encode())
+            content.update(np.ascontiguousarray(member.indices, dtype=np.int64).tobytes())
     return content.hexdigest()[:16]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from raycompress.analysis.sensitivity import Sensitivity
 from raycompress.budget import Budget, Pricing
 from raycompress.config import JobConfig
-from raycompress.errors import ConfigError, RaycompressError, TaskError
+from raycompress.errors import ConfigError, RaycompressError, StructureError, TaskError
 from raycompress.importing import resolve
 from raycompress.loading import build_pruner
 from raycompress.pruning.pruner import Problem, Pruner
@@ -117,7 +117,18 @@ def prepare(config: JobConfig) -> Plan:
     model.eval()
     if config.model.weights is not None:
         _load_weights(model, Path(config.model.weights).expanduser())
-    structure = analyze(model, task.example_inputs(), form="module")
+    try:
+        structure = analyze(
+            model,
+            task.example_inputs(),
+            ignore=config.structure.ignore,
+            heads=config.structure.heads,
+            form="module",
+        )
+    except StructureError as error:
+        if "ignore" not in str(error):
+            raise
+        raise ConfigError(f"structure.{error}") from error
     problem = Problem(
         model=model,
         structure=structure,

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from raycompress.budget import Budget
 from raycompress.config import JobConfig
 from raycompress.executor import LedgerExecutor
+from raycompress.identity import structure_digest
 from raycompress.importing import resolve
 from raycompress.ledger import Ledger
 from raycompress.loading import build_pruner
@@ -89,6 +90,7 @@ class Shared:
                 "task": self.config.task,
                 "args": repr(sorted(self.config.task_args.items())),
                 "targets": targets,
+                "structure": structure_digest(self.structure),
                 "evaluation": evaluation,
                 **priced,
             }

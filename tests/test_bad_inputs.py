@@ -213,6 +213,12 @@ CASES = {
         f"allowed: {', '.join(n for n, c in CRITERIA.items() if c.kind == 'channels')}, "
         "or package.module:Class",
     ),
+    "protected layer that isn't there": (
+        [],
+        "structure: {ignore: [conv9]}\n",
+        [],
+        "FILE, line 9: structure.ignore: no module is named 'conv9' or of that type",
+    ),
     "name that is no folder's": (
         [("name: bad", "name: a/b")],
         "",

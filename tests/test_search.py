@@ -11,6 +11,7 @@ from raycompress.budget import Allocator, Budget
 from raycompress.criteria import L1
 from raycompress.errors import BudgetError, ConfigError, EvaluationError
 from raycompress.executor import LocalExecutor
+from raycompress.identity import structure_digest
 from raycompress.ledger import Ledger
 from raycompress.pruning import L1Filter, Level, SimulatedAnnealing
 from raycompress.pruning.simulated_annealing import accepts
@@ -227,3 +228,19 @@ def test_candidate_survives_json():
     candidate = Candidate.of({"b": 2, "a": 4}, ranking, weights="w", training=Training(2.0, 0.1))
     assert candidate.kept == (("b", 2),)
     assert Candidate.from_key(json.loads(json.dumps(candidate.key()))) == candidate
+
+
+def test_counts_of_another_structure_are_another_question(tmp_path):
+    problem, executor = toy_problem(str(tmp_path))
+    other = analyze(problem.model, executor.host.task.example_inputs(), ignore=["conv3"])
+    assert structure_digest(other) != structure_digest(problem.structure)
+    again = analyze(problem.model, executor.host.task.example_inputs())
+    assert structure_digest(again) == structure_digest(problem.structure)
+    ledger = Ledger(tmp_path / "ledger", "a")
+    with ledger:
+        first = LocalExecutor(executor.host.task, problem.structure, problem.store, ledger=ledger)
+        second = LocalExecutor(executor.host.task, other, problem.store, ledger=ledger)
+        dense = Candidate(problem.weights)
+        assert not first.evaluate([dense])[0].replayed
+        assert not second.evaluate([dense])[0].replayed
+        assert first.evaluate([dense])[0].replayed
