@@ -60,7 +60,7 @@ class Splits:
         if _num_bytes(first) * len(data) / min(self._batch_size, stop - start) < PRELOAD_BYTES:
             self._batches[key] = [first, *batches]
             return self._batches[key]
-        return itertools.chain([first], batches)
+        return itertools.chain(iter([first]), batches)
 
     def calibration(self, number: int) -> list[Any]:
         """The first so many calibration batches, without a last one that is smaller than others."""

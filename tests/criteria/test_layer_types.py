@@ -15,6 +15,7 @@ from raycompress.structure import slim, verify
 
 CHANNELS = {name: c for name, c in CRITERIA.items() if c.kind == "channels"}
 LOOKING = {name: c for name, c in CHANNELS.items() if name != "random"}  # at the model
+no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def net(first: nn.Module, norm: type[nn.Module], second: nn.Module) -> nn.Module:
@@ -219,6 +220,7 @@ def test_coupled_layers_are_scored_as_one(randomised):
 
 
 @pytest.mark.gpu
+@no_gpu
 @pytest.mark.parametrize("criterion", CHANNELS.values(), ids=list(CHANNELS))
 def test_gpu_agrees_with_the_cpu(criterion, randomised):
     x = inputs_of("Conv2d").double()
@@ -230,6 +232,7 @@ def test_gpu_agrees_with_the_cpu(criterion, randomised):
 
 
 @pytest.mark.gpu
+@no_gpu
 @pytest.mark.parametrize("name", ["apoz", "mean_activation", "taylor", "taylor_weight"])
 def test_gpu_with_autocast_inside_of_the_task(name, randomised):
     class Cast(Task):
@@ -246,6 +249,7 @@ def test_gpu_with_autocast_inside_of_the_task(name, randomised):
 
 
 @pytest.mark.gpu
+@no_gpu
 def test_gpu_recurrent_layers(randomised):
     class Recurrent(nn.Module):
         def __init__(self) -> None:

@@ -13,7 +13,7 @@ from raycompress.masks import num_kept
 from raycompress.pruning import Iterative, LotteryTicket
 from raycompress.pruning.lottery_ticket import reinitialised
 from raycompress.search import Candidate, Training, run_search
-from raycompress.testing import PrunerContract, toy_problem
+from raycompress.testing import PrunerContract, ToyTask, toy_problem
 
 
 class TestTicket(PrunerContract):
@@ -60,6 +60,21 @@ def test_survivors_are_rewound_to_the_bit(tmp_path):
     trained = executor.host.store.get(trials[-2].weights).state["conv3.weight"]
     mask = executor.host.masks(winner)["conv3.weight"]
     assert trained[mask].abs().min() >= trained[~mask].abs().max()
+
+
+def test_round_0_is_the_dense_run_to_the_bit(tmp_path):
+    _, executor, trials, _ = _run(tmp_path, LotteryTicket(sparsity=0.8, rounds=1, epochs=2))
+    task = ToyTask()
+    model = task.build_model()
+    before = torch.get_num_threads()
+    torch.set_num_threads(executor.host.evaluation.threads)  # the last bits depend on it
+    try:
+        task.train(model, epochs=2, seed=0)
+    finally:
+        torch.set_num_threads(before)
+    found = executor.host.store.get(trials[0].weights).state
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(found[name], tensor), name
 
 
 def test_rewinding_to_a_step(tmp_path):
