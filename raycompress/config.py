@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from raycompress.criteria import criterion
 from raycompress.errors import ConfigError
-from raycompress.host import Evaluation
 from raycompress.targets import Target
+from raycompress.units import Evaluation
 
 __all__ = [
     "ClusterConfig",

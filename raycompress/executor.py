@@ -2,7 +2,8 @@
 
 `LedgerExecutor` holds what every executor shares: look up the ledger, cut what is missing into
 units, put results together in index order, record them durably before the search sees them.
-Where the units run is left to `_run`: `LocalExecutor` runs them here, one after the other.
+Where the units run is left to `_run`: `LocalExecutor` (local.py) runs them in this process,
+`ReplicaPool` (distributed/pool.py) on Ray.
 """
 
 from __future__ import annotations
@@ -14,17 +15,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Self
 
-from raycompress.host import Evaluation, HostInfo, ModelHost, Unit, UnitResult
 from raycompress.identity import structure_digest
 from raycompress.ledger import Ledger
 from raycompress.search import Candidate, Ranking, Shard, Trial, digest_of
 from raycompress.structure import Structure
 from raycompress.structure.latency.measure import LatencyRow
 from raycompress.structure.latency.table import LatencyTable
-from raycompress.task import Progress, Split, Task
-from raycompress.weights import Weights, WeightStore
+from raycompress.task import Progress, Split
+from raycompress.units import Evaluation, HostInfo, Unit, UnitResult
+from raycompress.weights import Weights
 
-__all__ = ["LedgerExecutor", "LocalExecutor"]
+__all__ = ["LedgerExecutor"]
 
 
 class LedgerExecutor(ABC):
@@ -307,70 +308,3 @@ class LedgerExecutor(ABC):
         else:
             self.ledger.put({key: record})
         return trial
-
-
-class LocalExecutor(LedgerExecutor):
-    """Runs every unit in this process, in order.
-
-    Args:
-        task: The user's task.
-        structure: Of its model.
-        store: Where trained weights go.
-        evaluation: Settings.
-        device: Where the model runs.
-        ledger: Where finished work is recorded; None keeps it in memory.
-        progress: Called with (step, number of steps, loss) while a training unit runs.
-    """
-
-    def __init__(
-        self,
-        task: Task,
-        structure: Structure,
-        store: WeightStore,
-        evaluation: Evaluation | None = None,
-        *,
-        device: str = "cpu",
-        ledger: Ledger | None = None,
-        progress: Progress | None = None,
-    ) -> None:
-        settings = evaluation if evaluation is not None else Evaluation()
-        super().__init__(structure, settings, ledger, progress)
-        self.host = ModelHost(task, structure, store, settings, device)
-        self._info = self.host.info()
-
-    @property
-    def num_workers(self) -> int:
-        """One."""
-        return 1
-
-    @property
-    def info(self) -> HostInfo:
-        """What the host is."""
-        return self._info
-
-    def _run(self, units: Sequence[Unit]) -> Iterator[tuple[int, UnitResult]]:
-        for index, unit in enumerate(units):
-            yield index, self.host.run(unit, self.progress)
-
-    def _publish(self, ranking: Ranking) -> None:
-        self.host.publish(ranking)
-
-    def share(self, digest: str, weights: Weights) -> None:
-        """Gives the host weights that it would otherwise read from the store."""
-        self.host.share(digest, weights)
-
-    def latency(
-        self,
-        candidates: Mapping[str, Candidate],
-        batch_sizes: Sequence[int],
-        repeats: int,
-        max_seconds: float | None = None,
-    ) -> list[LatencyRow]:
-        """Measures candidates against each other, interleaved."""
-        return self.host.latency(candidates, batch_sizes, repeats, max_seconds)
-
-    def latency_table(
-        self, batch_size: int = 1, folder: str | Path | None = None, max_seconds: float = 300.0
-    ) -> LatencyTable:
-        """The model's latency table, measured here."""
-        return self.host.latency_table(batch_size, folder, max_seconds)

@@ -11,7 +11,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,85 +29,10 @@ from raycompress.structure import Structure, expand, slim
 from raycompress.structure.latency.measure import LatencyRow, measure
 from raycompress.structure.latency.table import LatencyTable, latency_table
 from raycompress.task import SPLITS, Progress, Split, Task
+from raycompress.units import Evaluation, HostInfo, Unit, UnitResult
 from raycompress.weights import Weights, WeightStore
 
-__all__ = ["Evaluation", "HostInfo", "ModelHost", "Unit", "UnitResult"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """How candidates are evaluated; part of every ledger key.
-
-    Attributes:
-        batch_size: Examples in a forward pass.
-        num_shards: Parts of the validation split; the smallest piece of work.
-        threads: CPU threads of each host. Measured: on few busy cores 1 is fastest.
-    """
-
-    batch_size: int = 256
-    num_shards: int = 4
-    threads: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "num_shards", "threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"evaluation.{name} must be at least 1, got {getattr(self, name)}")
-
-
-@dataclass(frozen=True)
-class Unit:
-    """The smallest piece of work that a host is sent.
-
-    Attributes:
-        candidate: With `collect`: collect it; with `training`: train it; and nothing else.
-            With neither: evaluate it.
-        split: Which data.
-        shards: Indices of the shards to evaluate; empty for the other two.
-    """
-
-    candidate: Candidate
-    split: Split = "validation"
-    shards: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class UnitResult:
-    """What a host answers; small.
-
-    Attributes:
-        shards: Sums for each shard that was asked for, in order.
-        weights: Digest of the trained weights, or of what was collected.
-        failure: Exception and message, if the candidate failed.
-        seconds: Time spent.
-        worker: Name of the host.
-    """
-
-    shards: tuple[Shard, ...] = ()
-    weights: str | None = None
-    failure: str | None = None
-    seconds: float = 0.0
-    worker: str = "local"
-
-
-@dataclass(frozen=True)
-class HostInfo:
-    """What an executor must know of its hosts; equal on all of one pool, or they don't mix.
-
-    Attributes:
-        task: Digest of the task.
-        data: Digest of sizes and sample examples of the splits.
-        num_examples: Examples for each split.
-        steps_per_epoch: Batches of the train split.
-        numeric_class: Device model, torch version and threads: what results depend on.
-        whole: The task's metric is no mean over examples; it is evaluated in one piece.
-    """
-
-    task: str
-    data: str
-    num_examples: Mapping[str, int]
-    steps_per_epoch: int
-    numeric_class: str
-    whole: bool
+__all__ = ["ModelHost"]
 
 
 class ModelHost:

@@ -16,9 +16,10 @@ from typing import Any, NoReturn, Protocol
 from raycompress.analysis.sensitivity import SensitivityRow, write_sensitivity
 from raycompress.config import TrainingConfig
 from raycompress.errors import EvaluationError
-from raycompress.executor import LedgerExecutor, LocalExecutor
+from raycompress.executor import LedgerExecutor
 from raycompress.finish import finish_trial, measure_dense
 from raycompress.ledger import Ledger, read_ledger
+from raycompress.local import LocalExecutor
 from raycompress.plan import Plan, check_trial
 from raycompress.progress import Progress
 from raycompress.pruning.pruner import Problem

@@ -21,8 +21,8 @@ from torch.utils.data import TensorDataset
 
 from raycompress.budget import Budget
 from raycompress.criteria import Criterion
-from raycompress.executor import LocalExecutor
 from raycompress.ledger import Ledger
+from raycompress.local import LocalExecutor
 from raycompress.pruning.pruner import Problem, Pruner
 from raycompress.search import Candidate, Search, Training, Trial, run_search
 from raycompress.structure import analyze

@@ -9,7 +9,7 @@ from raycompress.driver import run, validate
 from raycompress.errors import BudgetError, ConfigError
 from raycompress.loading import parse_job
 from raycompress.results import JobResult
-from raycompress.structure import latency_points
+from raycompress.structure.latency import points as latency_points
 
 JOB = {
     "name": "latency",
@@ -68,7 +68,7 @@ def test_predicted_and_measured_are_in_the_result(done):
 def test_every_prediction_is_within_its_budget(done):
     output, result = done
     plan = validate({**JOB, "output": str(output)})
-    from raycompress.executor import LocalExecutor
+    from raycompress.local import LocalExecutor
     from raycompress.weights import WeightStore
 
     store = WeightStore(output / "weights")

@@ -14,12 +14,12 @@ from torch.utils.data import TensorDataset
 import raycompress.data
 from raycompress.criteria import CRITERIA
 from raycompress.data import Splits
-from raycompress.executor import LocalExecutor
-from raycompress.host import Evaluation
+from raycompress.local import LocalExecutor
 from raycompress.search import Candidate
 from raycompress.structure import analyze
 from raycompress.task import Split
 from raycompress.testing import ToyTask
+from raycompress.units import Evaluation
 from raycompress.weights import Weights, WeightStore
 
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from raycompress.criteria import CRITERIA, Criterion
-from raycompress.executor import LocalExecutor
+from raycompress.local import LocalExecutor
 from raycompress.masks import hold, masked_copy
 from raycompress.pruning import AGP, L1Filter, Level, MovementPruning, Problem
 from raycompress.reconstruction import Reconstruction

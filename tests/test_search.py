@@ -10,9 +10,9 @@ import torch
 from raycompress.budget import Allocator, Budget
 from raycompress.criteria import L1
 from raycompress.errors import BudgetError, ConfigError, EvaluationError
-from raycompress.executor import LocalExecutor
 from raycompress.identity import structure_digest
 from raycompress.ledger import Ledger
+from raycompress.local import LocalExecutor
 from raycompress.pruning import L1Filter, Level, SimulatedAnnealing
 from raycompress.pruning.simulated_annealing import accepts
 from raycompress.search import Candidate, Ranking, Shard, Training, Trial, run_search

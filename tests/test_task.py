@@ -4,7 +4,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from raycompress.errors import TaskError
-from raycompress.executor import LocalExecutor
+from raycompress.local import LocalExecutor
 from raycompress.recalibration import check_recalibration, recalibrate
 from raycompress.search import Candidate, Training, run_search
 from raycompress.task import check_task, split_indices

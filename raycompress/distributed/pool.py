@@ -20,12 +20,12 @@ from raycompress.distributed.slots import Slot, loss_reason, wait_ready
 from raycompress.distributed.spec import PackedWeights, PoolSpec, SharedSpec
 from raycompress.errors import EvaluationError
 from raycompress.executor import LedgerExecutor
-from raycompress.host import HostInfo, Unit, UnitResult
 from raycompress.ledger import Ledger
 from raycompress.search import Candidate, Ranking
 from raycompress.structure.latency.measure import LatencyRow
 from raycompress.structure.latency.table import LatencyTable
 from raycompress.task import Progress
+from raycompress.units import HostInfo, Unit, UnitResult
 from raycompress.weights import Weights
 
 __all__ = ["ReplicaPool"]

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from raycompress.errors import ClusterError, TaskError
-from raycompress.host import HostInfo, ModelHost, Unit, UnitResult
+from raycompress.host import ModelHost
 from raycompress.search import Candidate, Ranking
 from raycompress.structure.latency.measure import LatencyRow
 from raycompress.structure.latency.table import LatencyTable
+from raycompress.units import HostInfo, Unit, UnitResult
 from raycompress.weights import WeightStore
 
 if TYPE_CHECKING:

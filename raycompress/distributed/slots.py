@@ -15,7 +15,7 @@ from raycompress.distributed.cluster import bundle, describe
 from raycompress.distributed.replica import Replica
 from raycompress.distributed.spec import SharedSpec
 from raycompress.errors import ClusterError, RaycompressError
-from raycompress.host import HostInfo, Unit
+from raycompress.units import HostInfo, Unit
 
 __all__ = ["Slot", "loss_reason", "wait_ready"]
 

@@ -17,8 +17,8 @@ import ray
 import torch
 
 from raycompress.errors import ClusterError
-from raycompress.host import Evaluation
 from raycompress.structure import Structure
+from raycompress.units import Evaluation
 from raycompress.weights import Weights
 
 __all__ = ["PackedWeights", "PoolSpec", "SharedSpec", "import_object"]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from raycompress.budget import Allocator, Budget, Pricing
 from raycompress.criteria import Criterion
 from raycompress.errors import ConfigError, EvaluationError, TaskError
-from raycompress.executor import LocalExecutor
+from raycompress.local import LocalExecutor
 from raycompress.masks import Masks, prune_order
 from raycompress.pruning.tied import own_weights
 from raycompress.search import Candidate, Executor, Ranking, Search, Training, Trial, run_search

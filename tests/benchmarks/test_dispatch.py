@@ -10,11 +10,11 @@ from raycompress.config import ClusterConfig
 from raycompress.distributed.cluster import connect
 from raycompress.distributed.pool import ReplicaPool
 from raycompress.distributed.spec import PoolSpec
-from raycompress.host import Evaluation
 from raycompress.ledger import Ledger
 from raycompress.search import Candidate
 from raycompress.structure import analyze
 from raycompress.testing import ToyTask
+from raycompress.units import Evaluation
 from raycompress.weights import Weights, WeightStore
 
 pytestmark = [pytest.mark.benchmark, pytest.mark.timeout(600)]

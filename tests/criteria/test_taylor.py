@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from raycompress.criteria import L1, Criterion, MeanActivation, Taylor
 from raycompress.errors import ConfigError, TaskError
-from raycompress.executor import LocalExecutor
-from raycompress.host import Evaluation
+from raycompress.local import LocalExecutor
 from raycompress.masks import masked_copy
 from raycompress.pruning import TaylorFO
 from raycompress.search import Candidate
 from raycompress.testing import ToyTask, toy_problem
+from raycompress.units import Evaluation
 
 TAYLORS = [Taylor(), Taylor(form="weight")]
 

@@ -15,8 +15,8 @@ import torch
 
 from raycompress.config import ClusterConfig
 from raycompress.distributed.spec import PoolSpec
-from raycompress.executor import LocalExecutor
 from raycompress.ledger import Ledger
+from raycompress.local import LocalExecutor
 from raycompress.search import Candidate, Ranking
 from raycompress.structure import Structure, analyze
 from raycompress.testing import ToyTask

@@ -9,7 +9,7 @@ from conftest import Toy
 
 from raycompress.config import ClusterConfig
 from raycompress.distributed.pool import ReplicaPool
-from raycompress.executor import LocalExecutor
+from raycompress.local import LocalExecutor
 from raycompress.pruning import (
     ActivationAPoZRank,
     ActivationMeanRank,

@@ -19,9 +19,9 @@ from raycompress.distributed.replica import Replica
 from raycompress.distributed.slots import check_alike
 from raycompress.distributed.spec import PackedWeights
 from raycompress.errors import ClusterError, TaskError
-from raycompress.host import HostInfo
 from raycompress.ledger import Ledger
 from raycompress.search import Candidate, Ranking, Training, Trial
+from raycompress.units import HostInfo
 from raycompress.weights import Weights, digest_of_state
 
 pytestmark = pytest.mark.usefixtures("cluster")
