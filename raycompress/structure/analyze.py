@@ -13,11 +13,13 @@ from raycompress.errors import StructureError
 from raycompress.structure.branches import with_training_branches
 from raycompress.structure.closure import Classes, close
 from raycompress.structure.compile import Sizes
+from raycompress.structure.draft import Draft
 from raycompress.structure.graph.analyze import graph_structure
 from raycompress.structure.inputs import Inputs, as_call, why_not
+from raycompress.structure.leaves import replaced
 from raycompress.structure.model import Frozen, LeafShape, Structure
 from raycompress.structure.pools import Pools, owner_of
-from raycompress.structure.repair import Draft, Repair
+from raycompress.structure.repair import Repair
 from raycompress.structure.rules.operators import find_rule
 from raycompress.structure.scale import AttentionCalls, query_rows
 from raycompress.structure.trace import Trace, trace
@@ -28,6 +30,7 @@ __all__ = ["analyze"]
 _BY_CODE = (
     "the code of",
     "slim is wrong",
+    "a copy of the model",
     "cut at a fixed place",
     "one element is picked",
     "picked by",
@@ -100,11 +103,18 @@ def analyze(
     try:
         forward = with_training_branches(model, attention.forward(model))
         seen = trace(model, args, kwargs, find_rule, forward=forward)
+        if replaced(model, seen.leaves):  # buffers made by the first pass are there in the next
+            attention = AttentionCalls()
+            forward = with_training_branches(model, attention.forward(model))
+            seen = trace(model, args, kwargs, find_rule, forward=forward)
     except Exception as error:
         reason = why_not(model, args, kwargs)
         if reason is None:  # it runs without the tracer, so this isn't the inputs' fault
             raise
         raise StructureError(reason) from error
+    for leaf in replaced(model, seen.leaves):
+        for facet in leaf.facets or []:
+            seen.space.freeze(facet, "the forward pass replaces this buffer")
     seen.query_rows = query_rows(model, seen, attention, args, kwargs, heads)
     protect(seen)
     structure = Repair(model, seen, lambda: collect(seen), args, kwargs).run()

@@ -24,9 +24,16 @@ class Sizes:
         self._pools = pools
         self._forms: dict[_Form, int] = {(1, ()): 0}
         self._lines: dict[int, list[tuple[int, Ints]]] = {}
+        self._known: dict[tuple[object, ...], list[int]] = {}
 
     def of(self, shape: Sequence[int], facets: Sequence[Tensor]) -> list[int]:
         """Position of the size of each dim of a tensor."""
+        key = (*shape, *map(id, facets))  # the trace keeps all facets, so ids stay unique
+        if key not in self._known:
+            self._known[key] = self._of(shape, facets)
+        return self._known[key]
+
+    def _of(self, shape: Sequence[int], facets: Sequence[Tensor]) -> list[int]:
         forms: list[_Form] = [(int(size), ()) for size in shape]
         for facet in facets:
             if id(facet) not in self._lines:

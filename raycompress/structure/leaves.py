@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from raycompress.structure.labels import Facets
 
-__all__ = ["Leaf", "flat", "leaves_of", "mapped", "tensors_of"]
+__all__ = ["Leaf", "flat", "leaves_of", "mapped", "replaced", "tensors_of"]
 
 
 @dataclass
@@ -45,6 +45,12 @@ def leaves_of(model: nn.Module) -> list[Leaf]:
         else:
             found[id(tensor)] = Leaf(name, (), tensor, is_parameter)
     return list(found.values())
+
+
+def replaced(model: nn.Module, leaves: list[Leaf]) -> list[Leaf]:
+    """Leaves of which the model now holds another shape, or nothing."""
+    now = tensors_of(model)
+    return [x for x in leaves if x.name not in now or now[x.name].shape != x.tensor.shape]
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from raycompress.structure.model import Structure
 from raycompress.structure.quiet import quiet
 from raycompress.structure.slim import slim
 
-__all__ = ["Stop", "probe", "uneven"]
+__all__ = ["Stop", "described", "probe", "uneven"]
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,13 @@ class Stop:
         module: name of the module whose code was running.
         error: type and first line.
         operators: how many operators had run before.
+        made: whether there was a slim model to run.
     """
 
     module: str
     error: str
     operators: int
+    made: bool = True
 
     def inside(self, module: str) -> bool:
         """Whether it stopped in that module or below it."""
@@ -56,7 +58,10 @@ def probe(
     kwargs: dict[str, Any],
 ) -> Stop | None:
     """Slims and runs the model; None if it runs."""
-    small = slim(model, structure, kept)
+    try:
+        small = slim(model, structure, kept)
+    except Exception as error:  # foreign code may refuse to be copied by raising anything
+        return Stop("", described(error), 0, made=False)
     stack: list[str] = []
     for name, module in small.named_modules():
         module.register_forward_pre_hook(_enter(stack, name))
@@ -68,10 +73,13 @@ def probe(
                 small(*args, **kwargs)
         except Exception as error:
             # Whatever foreign code raises, it says where module form can't follow.
-            text = (str(error).splitlines() or [""])[0][:120]
-            name = stack[-1] if stack else ""
-            return Stop(name, f"{type(error).__name__}: {text}", counter.operators)
+            return Stop(stack[-1] if stack else "", described(error), counter.operators)
     return None
+
+
+def described(error: Exception) -> str:
+    """Type and first line."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
 
 
 class _Counter(TorchDispatchMode):

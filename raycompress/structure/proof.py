@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from raycompress.structure.model import Structure
+from raycompress.structure.probe import described
 from raycompress.structure.slim import slim
 from raycompress.structure.verify import Verdict, verify
 
@@ -50,24 +52,32 @@ def wrong_groups(
 
 
 def _compare(model: nn.Module, structure: Structure, kept: _Kept, inputs: _Inputs) -> Verdict:
-    masked = _masked(model, structure.masks(kept))
-    small = slim(model, structure, kept)
+    try:
+        masked, small = _masked(model, structure, kept), slim(model, structure, kept)
+    except Exception as error:  # foreign code may refuse to be copied by raising anything
+        return Verdict("wrong", float("inf"), (f"no slim model can be made: {described(error)}",))
     verdict = verify(masked, small, inputs, structure=structure, kept=kept)
     single = any(p.dtype == torch.float32 for p in model.parameters())
-    if verdict.kind == "wrong" and single:  # rounding, or a mistake?
+    if verdict.kind == "wrong" and single and verdict.max_error < float("inf"):
+        # Rounding, or a mistake?
         double = verify(masked, small, inputs, structure=structure, kept=kept, dtype=torch.float64)
         if double.max_error < float("inf"):
             return double
     return verdict
 
 
-def _masked(model: nn.Module, masks: dict[str, Tensor]) -> nn.Module:
-    """A copy with zeros that shares what has none."""
+def _masked(model: nn.Module, structure: Structure, kept: _Kept) -> nn.Module:
+    """A copy with zeros in place of what is removed, that shares what has none."""
+    removed: dict[str, list[tuple[int, Tensor]]] = {}
+    for (name, dim), keep in structure.keep_vectors(kept).items():
+        removed.setdefault(name, []).append((dim, torch.from_numpy(np.flatnonzero(~keep))))
     shared: dict[int, Any] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if id(parameter) not in shared or name in masks:
+        if id(parameter) not in shared or name in removed:
             value = parameter.detach()
-            if name in masks:
-                value = value * masks[name].to(value.device)
+            if name in removed:
+                value = value.clone()
+                for dim, gone in removed[name]:
+                    value.index_fill_(dim, gone.to(value.device), 0)
             shared[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
     return copy.deepcopy(model, shared)

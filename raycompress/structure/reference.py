@@ -74,10 +74,13 @@ def run_on_kept(
     """
     vectors = structure.keep_vectors(kept)
     parameters = dict(masked.named_parameters(remove_duplicate=False))
-    for name, mask in structure.masks(kept).items():
-        if name not in parameters or parameters[name].shape != mask.shape:
+    for (name, dim), keep in vectors.items():
+        if not structure.leaves[name].is_parameter:
+            continue
+        if name not in parameters or parameters[name].shape != structure.leaves[name].shape:
             raise StructureError(f"the masked model has no parameter {name!r} of the dense shape")
-        if bool(parameters[name].detach()[~mask.to(parameters[name].device)].any()):
+        removed = torch.from_numpy(np.flatnonzero(~keep)).to(parameters[name].device)
+        if bool(parameters[name].detach().index_select(dim, removed).any()):
             raise StructureError(f"the masked model isn't zero where `kept` says so: {name!r}")
     gone = _Gone(vectors)
     runner = OnKept(gone.kept, by_kept)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from raycompress.errors import StructureError
 from raycompress.structure.attention import fit_attention
 from raycompress.structure.layers import correct_layer
+from raycompress.structure.leaves import tensors_of
 from raycompress.structure.model import AnyMasks, Kept, Structure
 
 __all__ = ["cut_tensors", "expand", "slim"]
@@ -54,7 +55,7 @@ def slim(
     # tied parameters stay tied.
     memo: dict[int, Any] = dict(cut_tensors(model, structure, kept))
     vectors = structure.keep_vectors(kept)
-    tensors = _tensors(model, structure)
+    tensors = tensors_of(model)
     for name, dim, factors in _narrowed(structure, vectors):
         cut, kept_factors = memo[id(tensors[name])], factors[vectors[name, dim]]
         cut.data *= _along(kept_factors, dim, cut)
@@ -100,7 +101,7 @@ def cut_tensors(model: nn.Module, structure: Structure, kept: Kept) -> dict[int,
     for (name, dim), vector in structure.keep_vectors(kept).items():
         by_name.setdefault(name, []).append((dim, torch.from_numpy(np.flatnonzero(vector))))
     result: dict[int, Tensor] = {}
-    for name, tensor in _tensors(model, structure).items():
+    for name, tensor in _tensors(model, structure, by_name).items():
         if name not in by_name:
             continue
         cut = tensor.detach()
@@ -112,13 +113,15 @@ def cut_tensors(model: nn.Module, structure: Structure, kept: Kept) -> dict[int,
     return result
 
 
-def _tensors(model: nn.Module, structure: Structure) -> dict[str, Tensor]:
-    """Parameters and buffers by first name, checked against the structure."""
-    found: dict[str, Tensor] = {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
+def _tensors(model: nn.Module, structure: Structure, cut: Collection[str]) -> dict[str, Tensor]:
+    """Parameters and buffers by first name, checked against the structure.
+
+    Buffers that aren't cut may have any shape: a forward pass may have made them anew.
+    """
+    found = tensors_of(model)
     for name, leaf in structure.leaves.items():
+        if not leaf.is_parameter and name not in cut:
+            continue
         if name not in found or tuple(found[name].shape) != leaf.shape:
             got = tuple(found[name].shape) if name in found else "nothing"
             raise StructureError(

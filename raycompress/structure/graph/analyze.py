@@ -10,6 +10,7 @@ from torch import nn
 from torch.fx import Interpreter, Node
 
 from raycompress.errors import StructureError
+from raycompress.structure.draft import Draft, freeze
 from raycompress.structure.graph.handlers import HANDLERS
 from raycompress.structure.graph.plan import apart, plan_of, slim_graph
 from raycompress.structure.graph.program import export
@@ -19,7 +20,6 @@ from raycompress.structure.model import Structure
 from raycompress.structure.probe import uneven
 from raycompress.structure.proof import wrong_groups
 from raycompress.structure.quiet import quiet
-from raycompress.structure.repair import Draft, freeze
 from raycompress.structure.trace import Trace, trace
 
 __all__ = ["graph_structure"]
