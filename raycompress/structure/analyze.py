@@ -15,11 +15,11 @@ from raycompress.structure.closure import Classes, close
 from raycompress.structure.compile import Sizes
 from raycompress.structure.draft import Draft
 from raycompress.structure.graph.analyze import graph_structure
-from raycompress.structure.inputs import Inputs, as_call, why_not
-from raycompress.structure.leaves import replaced
+from raycompress.structure.inputs import Inputs, as_call, check_model, why_not
+from raycompress.structure.leaves import replaced, shapes_of
 from raycompress.structure.model import Frozen, LeafShape, Structure
 from raycompress.structure.pools import Pools, owner_of
-from raycompress.structure.repair import Repair
+from raycompress.structure.repair import MISTAKES, Repair
 from raycompress.structure.rules.operators import find_rule
 from raycompress.structure.scale import AttentionCalls, query_rows
 from raycompress.structure.trace import Trace, trace
@@ -81,6 +81,7 @@ def analyze(
     ):
         if value not in allowed:
             raise StructureError(f"{key} must be one of {', '.join(allowed)}, got {value!r}")
+    check_model(model)
     args, kwargs = as_call(example_inputs)
     protected = _protected(model, ignore)
 
@@ -99,11 +100,12 @@ def analyze(
     if form == "graph":
         structure = graph_structure(model, args, kwargs, protect, collect)
         return structure.limited(round_to=round_to, min_kept=min_kept)
+    shapes = shapes_of(model)
     attention = AttentionCalls()
     try:
         forward = with_training_branches(model, attention.forward(model))
         seen = trace(model, args, kwargs, find_rule, forward=forward)
-        if replaced(model, seen.leaves):  # buffers made by the first pass are there in the next
+        if shapes_of(model) != shapes:  # buffers made by the first pass are there in the next
             attention = AttentionCalls()
             forward = with_training_branches(model, attention.forward(model))
             seen = trace(model, args, kwargs, find_rule, forward=forward)
@@ -123,6 +125,8 @@ def analyze(
             graph = graph_structure(model, args, kwargs, protect, collect)
         except StructureError as error:
             _log.info("module form, though channels stay whole in it: %s", error)
+        except MISTAKES:
+            _log.warning("module form, since graph form failed", exc_info=True)
         else:
             if _fewest(graph) < _fewest(structure):
                 structure = graph

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from raycompress.errors import StructureError
 from raycompress.structure.quiet import quiet
 
-__all__ = ["Inputs", "as_call", "why_not"]
+__all__ = ["Inputs", "as_call", "check_model", "why_not"]
 
 Inputs = tuple[Any, ...] | Mapping[str, Any] | Tensor
 
@@ -33,6 +35,23 @@ def as_call(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
         "example inputs must be a tensor, a tuple of positional arguments or a mapping of "
         f"keyword arguments, got {type(inputs).__name__}"
     )
+
+
+def check_model(model: nn.Module) -> None:
+    """Raises where no pass over the model could show its channels.
+
+    Raises:
+        StructureError: it is TorchScript, or a lazy layer has no shape yet.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise StructureError(
+                f"{name or 'the model'!r} is TorchScript, whose code doesn't show its operators; "
+                "analyse the module that it was made of"
+            )
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if is_lazy(tensor):
+            raise StructureError(f"{name!r} has no shape yet: run the model once before")
 
 
 def why_not(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from raycompress.structure.labels import Facets
 
-__all__ = ["Leaf", "flat", "leaves_of", "mapped", "replaced", "tensors_of"]
+__all__ = ["Leaf", "flat", "leaves_of", "mapped", "replaced", "shapes_of", "tensors_of"]
 
 
 @dataclass
@@ -51,6 +51,11 @@ def replaced(model: nn.Module, leaves: list[Leaf]) -> list[Leaf]:
     """Leaves of which the model now holds another shape, or nothing."""
     now = tensors_of(model)
     return [x for x in leaves if x.name not in now or now[x.name].shape != x.tensor.shape]
+
+
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of every parameter and buffer."""
+    return {name: tuple(t.shape) for name, t in tensors_of(model).items()}
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:

@@ -37,7 +37,7 @@ def wrong_groups(
         inputs: arguments of the model.
     """
     verdict = _compare(model, structure, kept, inputs)
-    if verdict.kind != "wrong":
+    if verdict.kind != "wrong" or not kept:
         return {}
     if len(kept) == 1:
         return dict.fromkeys(kept, verdict.reasons[0])

@@ -32,10 +32,10 @@ from raycompress.structure.proof import is_right, wrong_groups
 from raycompress.structure.remedies import Remedies, Remedy
 from raycompress.structure.trace import Trace
 
-__all__ = ["Repair"]
+__all__ = ["MISTAKES", "Repair"]
 
 # What a mistake of the analysis raises on a model unlike all others; it must not be the user's.
-_MISTAKES = (
+MISTAKES = (
     StructureError,
     ArithmeticError,
     AssertionError,
@@ -81,7 +81,7 @@ class Repair:
                 self._until_it_is_right(known=right if stop is None else None)
             if self._whole:
                 self._draft = self._collect()
-        except _MISTAKES as error:
+        except MISTAKES as error:
             _log.warning("channels stay whole, since their repair failed", exc_info=True)
             del self._seen.space.edges[united:]
             self._draft, self._whole = first, set()
@@ -202,7 +202,7 @@ class Repair:
                 return best[1:]  # a step ahead costs nothing; keeping channels does
             try:
                 after, draft = self._try(remedy)
-            except _MISTAKES:
+            except MISTAKES:
                 _log.warning("a remedy for %r can't be tried", remedy.module, exc_info=True)
                 continue
             gained = math.inf if after is None else after.operators

@@ -129,6 +129,7 @@ class Trace:
     _by_storage: dict[tuple[int, tuple[int, ...]], Leaf] = field(default_factory=dict)
     stack: list[str] = field(default_factory=list)
     _spans: list[tuple[int, Leaf, int]] = field(default_factory=list)
+    _mark: object = field(default_factory=object)
 
     def __post_init__(self) -> None:
         for leaf in self.leaves:
@@ -149,7 +150,7 @@ class Trace:
     def leaf(self, tensor: Tensor) -> Leaf | None:
         """The parameter or buffer that this tensor is, or None."""
         leaf = self._by_id.get(id(tensor))
-        if leaf is None and self._by_storage and not hasattr(tensor, _LABELS):
+        if leaf is None and self._by_storage and self._labels(tensor) is None:
             # `parameter.data` and tensors from a flattened list are other objects.
             try:
                 pointer = tensor.data_ptr()
@@ -162,7 +163,7 @@ class Trace:
 
     def facets(self, tensor: Tensor) -> Facets:
         """Facets of any tensor; reading a leaf for the first time gives it fresh labels."""
-        known: Facets | None = getattr(tensor, _LABELS, None)
+        known = self._labels(tensor)
         if known is not None:
             return known
         leaf = self.leaf(tensor)
@@ -187,7 +188,12 @@ class Trace:
             assert f.dim() == tensor.dim(), (tuple(f.shape), tuple(tensor.shape))
         leaf = self._by_id.get(id(tensor))
         if leaf is None:
-            setattr(tensor, _LABELS, [f for f in facets if varying(f)])
+            setattr(tensor, _LABELS, (self._mark, [f for f in facets if varying(f)]))
+
+    def _labels(self, tensor: Tensor) -> Facets | None:
+        """What `set` gave it; a tensor that the model keeps may bear those of another trace."""
+        mark, facets = getattr(tensor, _LABELS, (None, None))
+        return facets if mark is self._mark else None
 
     def is_data(self, tensor: Tensor) -> bool:
         """Whether a tensor depends on the model's input."""
@@ -387,5 +393,4 @@ def _fresh_input(value: Any) -> Any:
         return value
     value = value.detach().clone()  # the caller's tensor carries no labels, and isn't written to
     setattr(value, _DATA, True)
-    setattr(value, _LABELS, [])
     return value

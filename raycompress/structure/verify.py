@@ -9,7 +9,8 @@ the surgery behind a LayerNorm is found there as anywhere else.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -112,11 +113,13 @@ def _explained(
 ) -> Verdict:
     """Compares with the masked model whose operations across channels see kept channels only."""
     try:
-        reference = run_on_kept(masked, structure, kept, *arguments)
+        with _same_noise():
+            reference = run_on_kept(masked, structure, kept, *arguments)
         apart = _largest(_tensors(reference.output), got)
         if apart > tolerance and reference.divides:
             # A mean written by hand, whose code reads the number of channels from the shape.
-            reference = run_on_kept(masked, structure, kept, *arguments, by_kept=True)
+            with _same_noise():
+                reference = run_on_kept(masked, structure, kept, *arguments, by_kept=True)
             apart = _largest(_tensors(reference.output), got)
     except StructureError as problem:
         return Verdict("wrong", error, (str(problem),))
@@ -163,11 +166,19 @@ def _run(model: nn.Module, inputs: Inputs, dtype: torch.dtype | None) -> list[Te
     if any(modes.values()):  # an exported program is in evaluation mode, and refuses `eval`
         model.eval()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), _same_noise():
             return _tensors(model(*args, **kwargs))
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+@contextmanager
+def _same_noise() -> Iterator[None]:
+    """Models that draw random numbers draw the same ones; the caller's state stays."""
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        torch.manual_seed(0)
+        yield
 
 
 def _arguments(inputs: Inputs, dtype: torch.dtype | None) -> tuple[tuple[Any, ...], dict[str, Any]]:

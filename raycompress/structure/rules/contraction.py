@@ -67,7 +67,7 @@ def _baddbmm(call: Call) -> None:
 def _vector(call: Call) -> None:
     """Mv and dot: facets that run only along the contracted dim are united and disappear."""
     a: Tensor = call.arg("self")
-    b: Tensor = call.arg("vec") if call.has("vec") else call.arg("tensor")
+    b: Tensor = call.arg(next(n for n in ("vec", "tensor", "other") if call.has(n)))
     joint = merge(call.space, call.facets(a), a.shape, call.facets(b), b.shape)
     call.tracer.multiply_adds(1, a.shape, joint)
     result = []
@@ -110,4 +110,5 @@ CONTRACTIONS: dict[str, Rule] = {
     "aten::_trilinear": _trilinear,
     "aten::mv": _vector,
     "aten::dot": _vector,
+    "aten::vdot": _vector,
 }

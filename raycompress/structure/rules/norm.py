@@ -27,6 +27,18 @@ def _follow(call: Call, facets: Facets, shape: tuple[int, ...], at: int, names: 
     return facets
 
 
+def _weight_norm(call: Call) -> None:
+    """Masked filters have norm 0, by which the parametrization divides: nothing can be masked."""
+    reason = (
+        f"weight norm in {call.tracer.module!r}: remove the parametrization first "
+        "(torch.nn.utils.parametrize.remove_parametrizations, or torch.nn.utils.remove_weight_norm)"
+    )
+    for tensor in call.tensors():
+        for facet in call.facets(tensor):
+            call.space.freeze(facet, reason)
+    call.set(call.out[0], [])
+
+
 def in_training(call: Call) -> bool:
     """Whether a batch norm uses the statistics of its own input, over all dims but 1."""
     return call.name == "aten::_batch_norm_with_update" or bool(call.before.get("training", False))
@@ -111,6 +123,7 @@ def _group_norm(call: Call) -> None:
 
 
 NORMS: dict[str, Rule] = {
+    "aten::_weight_norm_interface": _weight_norm,
     **{
         f"aten::{n}": _batch_norm
         for n in (
