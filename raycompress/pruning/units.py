@@ -278,7 +278,7 @@ def removable(problem: Problem, pruner: str, prunable: int) -> int:
     if [name for name, _ in budget.limits] != ["params"]:
         raise ConfigError(
             f"{pruner} removes single weights, which saves parameters alone; "
-            f"its budget can't be {budget}"
+            f"its budget can't be {budget}, which takes a pruner or criterion of channels"
         )
     total = sum(parameter.numel() for parameter in problem.model.parameters())
     allowed = budget.limits[0][1].absolute(total)

@@ -9,7 +9,7 @@ import torch
 
 import raycompress
 from raycompress.errors import ConfigError, TaskError
-from raycompress.pruning import Iterative, L1Filter
+from raycompress.pruning import Iterative, L1Filter, Level
 from raycompress.testing import ToyNet, ToyTask
 
 TASK = ToyTask()
@@ -61,6 +61,11 @@ class TestArguments:
 def test_a_task_that_breaks_its_contract_is_named(task, message):
     with pytest.raises(raycompress.RaycompressError, match=message):
         Iterative(sparsity=0.5, rounds=1, epochs=0.1).prune(task.build_model(), task)
+
+
+def test_single_weights_save_no_multiply_adds():
+    with pytest.raises(ConfigError, match=r"can't be macs 50%, which takes a pruner or criterion"):
+        Level().prune(TASK.build_model(), TASK, budget={"macs": "50%"})
 
 
 def test_config_list_as_it_is():
