@@ -145,6 +145,29 @@ def test_names_are_those_of_the_dense_model_and_tied_parameters_stay_tied() -> N
     assert structure.untouched == ("unused.weight", "unused.bias")
 
 
+class Deep(nn.Module):
+    """A tied weight whose first name lies deeper than its second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Embedding(11, 12), nn.Linear(12, 12))
+        self.head = nn.Linear(12, 11, bias=False)
+        self.head.weight = self.body[0].weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x).view(-1, 7, 12).relu())
+
+
+def test_parameters_come_in_the_order_of_the_dense_model() -> None:
+    model = Deep().double().eval()
+    structure = analyze(model, torch.zeros(2, 7, dtype=torch.long), form="graph")
+    small = slim(model, structure, {})
+    names = [name for name, _ in model.named_parameters()]
+    assert names[0] == "body.0.weight"
+    for made in (small, copy.deepcopy(small)):
+        assert [name for name, _ in made.named_parameters()] == names
+
+
 def test_structure_is_plain_data_for_any_copy_of_the_model() -> None:
     _, structure = analysed(Views)
     again = pickle.loads(pickle.dumps(structure))

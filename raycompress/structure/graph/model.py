@@ -59,7 +59,25 @@ class SlimGraph(GraphModule):
             result.get_submodule(
                 name
             )._non_persistent_buffers_set |= module._non_persistent_buffers_set
+        _in_order(result, [name for name, _ in self.named_modules()][1:])
         return result
+
+
+def _in_order(module: nn.Module, names: list[str]) -> None:
+    """Sorts submodules: torch.fx adds them in an order of its own.
+
+    The first name of a tied parameter is that of the module which comes first.
+    """
+    rank: dict[str, int] = {}
+    for i, name in enumerate(names):
+        parts = name.split(".")
+        for depth in range(1, len(parts) + 1):
+            rank.setdefault(".".join(parts[:depth]), i)
+    for prefix, parent in module.named_modules():
+        start = f"{prefix}." if prefix else ""
+        children = parent._modules
+        ordered = sorted(children, key=lambda c: rank.get(f"{start}{c}", len(names)))
+        parent._modules = {name: children[name] for name in ordered}
 
 
 _FILLS = frozenset("zeros ones full empty new_zeros new_ones new_full new_empty".split())
@@ -133,6 +151,7 @@ def assemble(
             if name not in used and name not in constants:
                 graph.get_attr(name)  # torch.fx drops what no node names
     result = SlimGraph({n: t for n, t in tensors.items() if n not in constants or n in used}, graph)
+    _in_order(result, [name for name in tensors if name not in constants])
     for name in hidden & set(tensors):
         owner, _, field = name.rpartition(".")
         module = result.get_submodule(owner)
