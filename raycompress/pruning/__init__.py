@@ -5,6 +5,7 @@ from raycompress.pruning.agp import AGP
 from raycompress.pruning.controls import FromScratch, RandomFilter
 from raycompress.pruning.filters import ActivationAPoZRank, ActivationMeanRank, TaylorFO
 from raycompress.pruning.fine_grained import LAMP, FineGrained, Level, Wanda
+from raycompress.pruning.fixed_allocation import FixedAllocation
 from raycompress.pruning.fpgm import FPGM
 from raycompress.pruning.iterative import Iterative
 from raycompress.pruning.lottery_ticket import LotteryTicket
@@ -24,6 +25,7 @@ __all__ = [
     "ActivationAPoZRank",
     "ActivationMeanRank",
     "FineGrained",
+    "FixedAllocation",
     "FromScratch",
     "Iterative",
     "L1Filter",
