@@ -67,6 +67,11 @@ class LedgerExecutor(ABC):
         """How many units run at once."""
 
     @property
+    def num_shards(self) -> int:
+        """Parts of the validation split that a race may look at one after the other."""
+        return 1 if self.info.whole else self.evaluation.num_shards
+
+    @property
     @abstractmethod
     def info(self) -> HostInfo:
         """What the hosts are; the same for all of them."""
@@ -196,38 +201,50 @@ class LedgerExecutor(ABC):
             c: self._key("evaluation", {"candidate": c.key(), "split": split}) for c in candidates
         }
         trials, missing = self._recall(keys)
-        parts = self._parts(len(missing), split)
-        units = [Unit(candidate, split, part) for candidate in missing for part in parts]
+        cut = [self._parts(candidate, len(missing)) for candidate in missing]
+        units = [
+            Unit(candidate, split, part)
+            for candidate, parts in zip(missing, cut, strict=True)
+            for part in parts
+        ]
+        owner = [position for position, parts in enumerate(cut) for _ in parts]
+        first = [owner.index(position) for position in range(len(missing))]
         results: dict[int, UnitResult] = {}
         for index, result in self._run(units):
             results[index] = result
-            position = index // len(parts)
-            own = range(position * len(parts), (position + 1) * len(parts))
+            position = owner[index]
+            own = range(first[position], first[position] + len(cut[position]))
             if all(i in results for i in own):
                 candidate = missing[position]
-                sizes = self.info.num_examples
-                # Reconstruction runs the model up to each layer, for both models: half of each.
-                batches = candidate.recalibrate
-                if candidate.reconstruct is not None:
-                    batches += candidate.reconstruct.batches * max(len(candidate.kept), 1)
-                examples = sizes[split] + min(
-                    batches * self.evaluation.batch_size, batches * sizes["calibration"]
-                )
-                dfe = self._relative_macs(candidate) * examples / max(sizes["validation"], 1)
+                dfe = self._evaluation_dfe(candidate, split)
                 trials[candidate] = self._record(
                     keys[candidate], candidate, [results.pop(i) for i in own], dfe
                 )
-                self.num_evaluated += 1
+                self.num_evaluated += candidate.shards is None or candidate.shards[0] == 0
         return trials
 
-    def _parts(self, num_candidates: int, split: Split) -> list[tuple[int, ...]]:
+    def _evaluation_dfe(self, candidate: Candidate, split: Split) -> float:
+        """What judging a candidate costs: the examples, and what comes before them."""
+        sizes = self.info.num_examples
+        examples: float = sizes[split]
+        if candidate.shards is not None:
+            examples *= (candidate.shards[1] - candidate.shards[0]) / self.evaluation.num_shards
+        if candidate.shards is None or candidate.shards[0] == 0:
+            # Reconstruction runs the model up to each layer, for both models: half of each.
+            batches = candidate.recalibrate
+            if candidate.reconstruct is not None:
+                batches += candidate.reconstruct.batches * max(len(candidate.kept), 1)
+            examples += min(batches * self.evaluation.batch_size, batches * sizes["calibration"])
+        return self._relative_macs(candidate) * examples / max(sizes["validation"], 1)
+
+    def _parts(self, candidate: Candidate, num_candidates: int) -> list[tuple[int, ...]]:
         """The shards of one candidate, cut into more units where workers would stand idle."""
         if self.info.whole:
             return [(0,)]
-        num_shards = self.evaluation.num_shards
+        start, end = candidate.shards or (0, self.evaluation.num_shards)
         per_candidate = -(-self.num_workers // max(num_candidates, 1))
-        num_parts = min(num_shards, max(1, per_candidate))
-        bounds = [num_shards * i // num_parts for i in range(num_parts + 1)]
+        num_parts = min(end - start, max(1, per_candidate))
+        bounds = [start + (end - start) * i // num_parts for i in range(num_parts + 1)]
         return [tuple(range(a, b)) for a, b in itertools.pairwise(bounds)]
 
     def _relative_macs(self, candidate: Candidate) -> float:

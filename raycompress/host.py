@@ -11,6 +11,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,7 +33,10 @@ from raycompress.task import SPLITS, Progress, Split, Task
 from raycompress.units import Evaluation, HostInfo, Unit, UnitResult
 from raycompress.weights import Weights, WeightStore
 
-__all__ = ["ModelHost"]
+__all__ = ["MAX_BUILT", "ModelHost"]
+
+MAX_BUILT = 8
+"""Slim models that are kept while their candidates race."""
 
 
 class ModelHost:
@@ -70,7 +74,7 @@ class ModelHost:
         self._rankings: dict[str, Ranking] = {}
         settings = self.evaluation
         self._splits = Splits(task, settings.batch_size, settings.num_shards, self.device)
-        self._built: tuple[Candidate, nn.Module] | None = None
+        self._built: OrderedDict[Candidate, nn.Module] = OrderedDict()
 
     def info(self) -> HostInfo:
         """What the executor must know of this host."""
@@ -118,7 +122,7 @@ class ModelHost:
             else:
                 result = UnitResult(shards=self._evaluate(unit))
         except Exception as error:
-            self._built = None
+            self._built.clear()
             message = str(error).strip().splitlines()
             result = UnitResult(failure=f"{type(error).__name__}: {message[0] if message else ''}")
         finally:
@@ -330,10 +334,7 @@ class ModelHost:
         return self.store.put(Weights(collector.collect(probe), {}))
 
     def _evaluate(self, unit: Unit) -> tuple[Shard, ...]:
-        if self._built is None or self._built[0] != unit.candidate:
-            self._built = None
-            self._built = (unit.candidate, self.build(unit.candidate))
-        model = self._built[1]
+        model = self._model(unit.candidate)
         if self._whole:
             value = self.task.evaluate(model, unit.split)
             if value is None:
@@ -341,6 +342,16 @@ class ModelHost:
             return (Shard(1, float(value), -float(value)),)  # such a task has no loss to sum
         with torch.inference_mode():
             return tuple(self._shard(model, unit.split, index) for index in unit.shards)
+
+    def _model(self, candidate: Candidate) -> nn.Module:
+        """A candidate's model; those in a race are kept for its next round."""
+        whole = replace(candidate, shards=None)
+        if whole not in self._built:
+            while len(self._built) >= (1 if candidate.shards is None else MAX_BUILT):
+                self._built.popitem(last=False)
+            self._built[whole] = self.build(whole)
+        self._built.move_to_end(whole)
+        return self._built[whole]
 
     def _shard(self, model: nn.Module, split: Split, index: int) -> Shard:
         count, score, loss = 0, 0.0, 0.0

@@ -79,6 +79,8 @@ class Plan:
 class _Nobody:
     """Stands for an executor while a plan is checked: publishes to no one, answers nothing."""
 
+    num_shards = 1
+
     def publish(self, ranking: Ranking) -> None:
         """Nothing."""
 

@@ -11,11 +11,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import statistics
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import torch
+from scipy.stats import t as student_t
 from torch import Tensor
 
 from raycompress.collect import Collector
@@ -26,13 +28,16 @@ from raycompress.reconstruction import Reconstruction
 from raycompress.task import Split
 
 __all__ = [
+    "Asked",
     "Candidate",
     "Executor",
+    "Race",
     "Ranking",
     "Search",
     "Shard",
     "Training",
     "Trial",
+    "answer",
     "digest_of",
     "run_search",
 ]
@@ -113,6 +118,8 @@ class Candidate:
             the trial's `weights` is then the digest of the statistics. None: nothing.
         reconstruct: Layers that lost inputs or weights imitate the dense ones first, by least
             squares; None: they stay as they are.
+        shards: First and last but one of the validation shards that it is judged on, for races;
+            None: all.
     """
 
     weights: str
@@ -122,6 +129,7 @@ class Candidate:
     training: Training | None = None
     collect: Collector | None = None
     reconstruct: Reconstruction | None = None
+    shards: tuple[int, int] | None = None
 
     @staticmethod
     def of(
@@ -158,6 +166,7 @@ class Candidate:
             else {**vars(training), "methods": [to_plain(m) for m in training.methods]},
             "collect": None if self.collect is None else to_plain(self.collect),
             "reconstruct": None if self.reconstruct is None else dict(vars(self.reconstruct)),
+            **({} if self.shards is None else {"shards": list(self.shards)}),
         }
 
     @staticmethod
@@ -178,6 +187,7 @@ class Candidate:
             reconstruct=None
             if key["reconstruct"] is None
             else Reconstruction(**key["reconstruct"]),
+            shards=tuple(key["shards"]) if "shards" in key else None,
         )
 
     def with_training(self, training: Training | None) -> Candidate:
@@ -213,6 +223,7 @@ class Trial:
         seconds: Time on the worker.
         dfe: Cost in dense-forward equivalents.
         replayed: The ledger answered; nothing was evaluated.
+        dropped: It lost a race before all shards were looked at; `shards` are those that were.
     """
 
     candidate: Candidate
@@ -222,18 +233,24 @@ class Trial:
     seconds: float = 0.0
     dfe: float = 0.0
     replayed: bool = False
+    dropped: bool = False
+
+    @property
+    def judged(self) -> bool:
+        """Whether it was looked at on all shards, without failing."""
+        return self.failure is None and not self.dropped
 
     @property
     def score(self) -> float:
-        """Mean score, higher is better; -inf for a failed candidate."""
-        if self.failure is not None or not self.shards:
+        """Mean score, higher is better; -inf for a candidate that failed or was dropped."""
+        if not self.judged or not self.shards:
             return -math.inf
         return sum(s.score for s in self.shards) / sum(s.count for s in self.shards)
 
     @property
     def loss(self) -> float:
-        """Mean loss, lower is better; inf for a failed candidate."""
-        if self.failure is not None or not self.shards:
+        """Mean loss, lower is better; inf for a candidate that failed or was dropped."""
+        if not self.judged or not self.shards:
             return math.inf
         return sum(s.loss for s in self.shards) / sum(s.count for s in self.shards)
 
@@ -248,18 +265,126 @@ class Trial:
         return self.weights
 
 
-Search = Generator[Sequence[Candidate], list[Trial], Candidate]
+@dataclass(frozen=True)
+class Race:
+    """Candidates that a search yields to learn which are good, not how bad the others are.
+
+    All are judged on a few shards, then on twice as many, and so on. After each round those go that
+    are worse than the incumbent by more than their margin, by a one-sided paired t-test over the
+    shards (the same examples, so what is hard for both cancels out).
+
+    Attributes:
+        candidates: In the order of the answer. None has training.
+        incumbent: Judged on all shards; None: the best of the race so far.
+        margins: For each candidate, by how much it may be worse, in the objective's unit; empty: 0.
+        objective: "loss" or "score": what is compared.
+        confidence: With which a candidate must be worse to go, in (0.5, 1).
+    """
+
+    candidates: tuple[Candidate, ...]
+    incumbent: Trial | None = None
+    margins: tuple[float, ...] = ()
+    objective: Literal["loss", "score"] = "loss"
+    confidence: float = 0.975
+
+    def run(self, executor: Executor) -> list[Trial]:
+        """Races; one trial for each candidate, in their order."""
+        trials = [Trial(candidate) for candidate in self.candidates]
+        done = 0
+        for end in rungs(executor.num_shards):
+            alive = [i for i, trial in enumerate(trials) if trial.judged]
+            if end == executor.num_shards and done == 0:  # too few shards to race on
+                asked = [self.candidates[i] for i in alive]
+            else:
+                asked = [replace(self.candidates[i], shards=(done, end)) for i in alive]
+            for i, answer in zip(alive, executor.evaluate(asked) if asked else [], strict=True):
+                trials[i] = _joined(trials[i], answer, first=done == 0)
+            done = end
+            if done < executor.num_shards:
+                trials = [
+                    replace(t, dropped=t.dropped or (t.judged and self._hopeless(i, trials)))
+                    for i, t in enumerate(trials)
+                ]
+        return trials
+
+    def _hopeless(self, index: int, trials: Sequence[Trial]) -> bool:
+        mine = self._energies(trials[index])
+        if self.incumbent is not None:
+            rival = self._energies(self.incumbent)[: len(mine)]
+        else:
+            rivals = [self._energies(trial) for trial in trials if trial.judged]
+            rival = min(rivals, key=sum)
+        margin = self.margins[index] if self.margins else 0.0
+        return worse(mine, rival, margin, self.confidence)
+
+    def _energies(self, trial: Trial) -> list[float]:
+        """Mean loss, or mean score with its sign changed, of each shard."""
+        if self.objective == "loss":
+            return [shard.loss / shard.count for shard in trial.shards]
+        return [-shard.score / shard.count for shard in trial.shards]
+
+
+def rungs(num_shards: int) -> list[int]:
+    """How many shards have been looked at after each round: an eighth, at least 2, then doubled."""
+    ends = [min(max(num_shards // 8, 2), num_shards)]
+    while ends[-1] < num_shards:
+        ends.append(min(2 * ends[-1], num_shards))
+    return ends
+
+
+def worse(mine: Sequence[float], rival: Sequence[float], margin: float, confidence: float) -> bool:
+    """Whether the mean of `mine` exceeds that of `rival` by more than the margin.
+
+    A one-sided paired t-test; with two equal differences there is no doubt.
+
+    Args:
+        mine: Energies of at least two shards.
+        rival: Of the same shards.
+        margin: Above 0 makes it harder to be worse.
+        confidence: In (0.5, 1).
+    """
+    differences = [a - b - margin for a, b in zip(mine, rival, strict=True)]
+    mean, num = statistics.fmean(differences), len(differences)
+    error = statistics.stdev(differences) / math.sqrt(num)
+    return mean > float(student_t.ppf(confidence, num - 1)) * error and mean > 0
+
+
+def _joined(before: Trial, answer: Trial, *, first: bool) -> Trial:
+    """A candidate's trial with one more round in it."""
+    return replace(
+        before,
+        shards=(*before.shards, *answer.shards),
+        failure=answer.failure,
+        seconds=before.seconds + answer.seconds,
+        dfe=before.dfe + answer.dfe,
+        replayed=answer.replayed and (first or before.replayed),
+    )
+
+
+Asked = Sequence[Candidate] | Race
+"""What a search yields."""
+
+Search = Generator[Asked, list[Trial], Candidate]
 """What a pruner's `search` returns."""
 
 
 class Executor(Protocol):
     """Who answers a search: `LocalExecutor` in process, `ReplicaPool` on Ray."""
 
+    @property
+    def num_shards(self) -> int:
+        """Parts of the validation split that a race may look at one after the other."""
+
     def publish(self, ranking: Ranking) -> None:
         """Makes a ranking known, before a candidate uses it."""
 
     def evaluate(self, candidates: Sequence[Candidate], split: Split = "validation") -> list[Trial]:
         """Judges candidates; answers in their order. A failed one is an answer, not an error."""
+
+
+def answer(asked: Asked, executor: Executor) -> list[Trial]:
+    """Answers one step of a search."""
+    return asked.run(executor) if isinstance(asked, Race) else executor.evaluate(asked)
 
 
 def run_search(
@@ -281,7 +406,7 @@ def run_search(
     try:
         candidates = next(search)
         while True:
-            trials = executor.evaluate(candidates)
+            trials = answer(candidates, executor)
             if trials and all(trial.failure is not None for trial in trials):
                 reasons = sorted({str(trial.failure) for trial in trials})
                 raise EvaluationError(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import pickle
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import ClassVar
 
@@ -24,7 +24,15 @@ from raycompress.criteria import Criterion
 from raycompress.ledger import Ledger
 from raycompress.local import LocalExecutor
 from raycompress.pruning.pruner import Problem, Pruner
-from raycompress.search import Candidate, Search, Training, Trial, run_search
+from raycompress.search import (
+    Asked,
+    Candidate,
+    Search,
+    Training,
+    Trial,
+    answer,
+    run_search,
+)
 from raycompress.structure import analyze
 from raycompress.task import ClassificationTask, Split
 from raycompress.weights import Weights, WeightStore
@@ -176,7 +184,7 @@ class PrunerContract:
                     halted = self.pruner.search(replace(problem, executor=first))
                     asked = _start(halted)
                     for _ in range(stop):
-                        asked = _go_on(halted, first.evaluate(asked)) if asked else None
+                        asked = _go_on(halted, answer(asked, first)) if asked else None
                     halted.close()
                     again = LocalExecutor(task, structure, problem.store, ledger=ledger)
                     seen: list[list[Trial]] = []
@@ -195,14 +203,14 @@ class PrunerContract:
         assert pickle.loads(pickle.dumps(self.pruner)) == self.pruner
 
 
-def _start(search: Search) -> Sequence[Candidate] | None:
+def _start(search: Search) -> Asked | None:
     try:
         return next(search)
     except StopIteration:
         return None
 
 
-def _go_on(search: Search, trials: list[Trial]) -> Sequence[Candidate] | None:
+def _go_on(search: Search, trials: list[Trial]) -> Asked | None:
     try:
         return search.send(trials)
     except StopIteration:

@@ -156,7 +156,7 @@ def run_trial(
             spent += sum(trial.dfe for trial in trials)
             # Statistics and looks at the dense model cost, and are no steps of the search.
             own = [t for t in trials if t.candidate.kept or t.candidate.training is not None]
-            alive = [trial for trial in own if trial.failure is None]
+            alive = [trial for trial in own if trial.judged]
             if not alive:
                 return
             best = min(alive, key=lambda trial: trial.loss)
@@ -169,7 +169,7 @@ def run_trial(
                     "best_score": max([best.score, *(c["best_score"] for c in curve[-1:])]),
                     "best_loss": min([best.loss, *(c["best_loss"] for c in curve[-1:])]),
                     "dfe": spent,
-                    "failed": len(own) - len(alive),
+                    "failed": sum(trial.failure is not None for trial in own),
                     "figures": dict(figures),
                 }
             )

@@ -235,10 +235,12 @@ class ReplicaPool(LedgerExecutor):
                     continue
                 # A unit that was there when a replica was lost runs alone, so that no other
                 # is blamed for what it does.
-                suspect = losses[waiting[0]] > 0
+                # What a replica has built for a race's last round, it goes on with.
+                index = next((i for i in waiting if slot.has_built(units[i])), waiting[0])
+                suspect = losses[index] > 0
                 if depth and (suspect or any(losses[i] for i in slot.in_flight.values())):
                     continue
-                index = waiting.popleft()
+                waiting.remove(index)
                 slot.send(index, units[index])
 
     def _collect(

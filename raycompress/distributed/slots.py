@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import ray
@@ -15,6 +16,8 @@ from raycompress.distributed.cluster import bundle, describe
 from raycompress.distributed.replica import Replica
 from raycompress.distributed.spec import SharedSpec
 from raycompress.errors import ClusterError, RaycompressError
+from raycompress.host import MAX_BUILT
+from raycompress.search import Candidate
 from raycompress.units import HostInfo, Unit
 
 __all__ = ["Slot", "loss_reason", "wait_ready"]
@@ -43,6 +46,7 @@ class Slot:
     info: HostInfo | None = None
     in_flight: dict[Any, int] = field(default_factory=dict)
     running_since: float = 0.0
+    _raced: deque[Candidate] = field(default_factory=lambda: deque(maxlen=MAX_BUILT))
     _progress: Any = None
     _reported: tuple[int, int, float] | None = None
 
@@ -84,6 +88,16 @@ class Slot:
         if not self.in_flight:
             self.running_since = time.monotonic()
         self.in_flight[self.actor.run.remote(unit)] = index
+        if unit.candidate.shards is not None:
+            self._raced.append(replace(unit.candidate, shards=None))
+
+    def has_built(self, unit: Unit) -> bool:
+        """Whether the replica keeps the model of a unit from a race's earlier round."""
+        return bool(
+            self._raced
+            and unit.candidate.shards is not None
+            and replace(unit.candidate, shards=None) in self._raced
+        )
 
     def take(self, reference: Any) -> int:
         """The index of a finished unit, which is no longer in flight."""
