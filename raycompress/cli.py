@@ -120,6 +120,8 @@ def _run(config: JobConfig, json: bool, quiet: bool) -> None:
     console = Console(stderr=json, width=None if sys.stdout.isatty() else 200)
     console.print(report_table(result))
     for trial in result.trials:
+        if trial.failure is not None:
+            console.print(f"{trial.name} failed: {trial.failure}", highlight=False, markup=False)
         if trial.verification is not None:
             console.print(
                 f"{trial.name}: slim against masked is {trial.verification.kind} "

@@ -57,7 +57,7 @@ class RayBackend:
 
     def run_trials(
         self, plan: Plan, payloads: Sequence[Mapping[str, Any]], shared: Shared, report: OnReport
-    ) -> dict[str, dict[str, Any]]:
+    ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
         """Each trial in its own process, with its replicas in one placement group."""
         from raycompress.distributed.tune import TrialSpec, run_trials
 

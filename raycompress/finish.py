@@ -29,7 +29,7 @@ from raycompress.training import Distillation
 from raycompress.trial import load_ranking, write_json
 from raycompress.weights import Weights, WeightStore
 
-__all__ = ["Measured", "final_model", "finish_trial", "measure_dense"]
+__all__ = ["Measured", "final_model", "finish_trial", "measure_dense", "trial_without_model"]
 
 
 @dataclass(frozen=True)
@@ -160,6 +160,24 @@ def finish_trial(
         curve=tuple(SearchStep(**point) for point in found["curve"]),
         masks=str(folder / "masks.safetensors"),
         weights=recovered.weights,
+    )
+
+
+def trial_without_model(
+    trial: TrialPlan, found: Mapping[str, Any], failure: str | None
+) -> TrialResult:
+    """What is told of a trial that failed or was stopped."""
+    return TrialResult(
+        name=trial.name,
+        pruner=type(trial.pruner).__name__,
+        seed=trial.seed,
+        budget="" if trial.budget is None else str(trial.budget),
+        dfe=found["total_dfe"],
+        evaluations=found["evaluated"],
+        replayed=found["replayed"],
+        seconds=found["seconds"],
+        curve=tuple(SearchStep(**point) for point in found["curve"]),
+        failure=failure,
     )
 
 

@@ -7,6 +7,7 @@ search is answered alike everywhere.
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -311,6 +312,9 @@ class ModelHost:
                     device=self.device,
                     progress=report,
                 )
+        for name, parameter in model.named_parameters():  # a loop of the user's may not look
+            if not torch.isfinite(parameter).all():
+                raise TaskError(f"training left NaN or infinity in {name!r}; lower the rate")
         state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
         plain = {name: tuple(indices.tolist()) for name, indices in kept.items()}
         extra = {name: tensor.cpu() for name, tensor in run.extra.items()}
@@ -339,6 +343,8 @@ class ModelHost:
             value = self.task.evaluate(model, unit.split)
             if value is None:
                 raise TaskError(f"{type(self.task).__name__}.evaluate returned None")
+            if not math.isfinite(value):
+                raise TaskError(f"evaluate must return a finite number, got {float(value)}")
             return (Shard(1, float(value), -float(value)),)  # such a task has no loss to sum
         with torch.inference_mode():
             return tuple(self._shard(model, unit.split, index) for index in unit.shards)
@@ -370,6 +376,8 @@ class ModelHost:
             count += size
             score += float(scores.double().sum())
             loss += float(self.task.loss(outputs, batch)) * size
-        if not (score == score and loss == loss):
-            raise TaskError(f"score or loss is NaN on {split} shard {index}")
+        if not (math.isfinite(score) and math.isfinite(loss)):
+            raise TaskError(
+                f"score and loss must be finite, got {score} and {loss} on {split} shard {index}"
+            )
         return Shard(count, score, loss)

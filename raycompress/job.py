@@ -7,6 +7,7 @@ markers what an earlier run of the same job has done.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,19 +18,21 @@ from raycompress.analysis.sensitivity import SensitivityRow, write_sensitivity
 from raycompress.config import TrainingConfig
 from raycompress.errors import EvaluationError
 from raycompress.executor import LedgerExecutor
-from raycompress.finish import finish_trial, measure_dense
+from raycompress.finish import Measured, finish_trial, measure_dense, trial_without_model
 from raycompress.ledger import Ledger, read_ledger
 from raycompress.local import LocalExecutor
-from raycompress.plan import Plan, check_trial
+from raycompress.plan import Plan, TrialPlan, check_trial
 from raycompress.progress import Progress
 from raycompress.pruning.pruner import Problem
 from raycompress.results import Curve, FrozenLayer, JobResult, TrialResult
 from raycompress.search import Candidate, Training
 from raycompress.structure.latency.table import LatencyTable
-from raycompress.trial import Shared, finished, metrics_of, run_trial
+from raycompress.trial import Shared, failed_trial, finished, metrics_of, point_of, run_trial
 from raycompress.weights import Weights, WeightStore
 
 __all__ = ["Backend", "LocalBackend", "OnReport", "run_job"]
+
+_log = logging.getLogger(__name__)
 
 OnReport = Callable[[str, int, Mapping[str, float]], None]
 """Called with (trial, step, metrics) as searches go on."""
@@ -45,8 +48,8 @@ class Backend(Protocol):
 
     def run_trials(
         self, plan: Plan, payloads: Sequence[Mapping[str, Any]], shared: Shared, report: OnReport
-    ) -> dict[str, dict[str, Any]]:
-        """Runs trials; returns their results by name."""
+    ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+        """Runs trials; returns results, and the reasons of those that failed, by name."""
 
 
 class LocalBackend:
@@ -67,9 +70,9 @@ class LocalBackend:
 
     def run_trials(
         self, plan: Plan, payloads: Sequence[Mapping[str, Any]], shared: Shared, report: OnReport
-    ) -> dict[str, dict[str, Any]]:
+    ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
         """One trial after the other."""
-        results = {}
+        results, failures = {}, {}
         for payload in payloads:
             name = str(payload["name"])
 
@@ -79,8 +82,12 @@ class LocalBackend:
             def make_pool(ledger: Ledger) -> LedgerExecutor:
                 return self.pool(plan, ledger, lambda *_: None)
 
-            results[name] = run_trial(payload, make_pool, on_step, shared)
-        return results
+            try:
+                results[name] = run_trial(payload, make_pool, on_step, shared)
+            except Exception as error:  # of a pruner, perhaps the user's own: the others go on
+                _log.debug("trial %s failed", name, exc_info=True)
+                failures[name] = f"{type(error).__name__}: {error}"
+        return results, failures
 
 
 @dataclass(frozen=True)
@@ -133,12 +140,10 @@ def run_job(
         dense = measure_dense(plan, pool, weights)
         trials: list[TrialResult] = []
         for trial in plan.trials:
-            progress.stage(f"Recover, shrink, verify and measure {trial.name}")
-            trials.append(
-                finish_trial(plan, trial, found[trial.name], pool, job.store, dense, table)
-            )
+            trials.append(_finish(job, trial, found[trial.name], pool, dense, table))
         dfe += pool.dfe + sum(found[trial.name]["dfe"] for trial in plan.trials)
         device = pool.info.numeric_class
+    _check_any(trials)
     result = JobResult(
         name=plan.config.name,
         score_name=plan.task.score_name,
@@ -249,8 +254,47 @@ def _compress(
             report(name, point["step"], metrics_of(point))
     if missing:
         job.progress.stage(f"Search: {', '.join(str(p['name']) for p in missing)}")
-        results |= job.backend.run_trials(plan, missing, shared, report)
+        curves: dict[str, list[dict[str, Any]]] = {str(p["name"]): [] for p in missing}
+
+        def watch(name: str, step: int, metrics: Mapping[str, float]) -> None:
+            curves[name].append(point_of(step, metrics))
+            report(name, step, metrics)
+
+        found, failures = job.backend.run_trials(plan, missing, shared, watch)
+        for name, failure in failures.items():
+            job.progress.message(f"{name} failed: {failure}")
+            found[name] = failed_trial(name, failure, curves[name])
+        results |= found
     return results
+
+
+def _finish(
+    job: _Job,
+    trial: TrialPlan,
+    found: Mapping[str, Any],
+    pool: LedgerExecutor,
+    dense: Measured,
+    table: LatencyTable | None,
+) -> TrialResult:
+    """A finished trial's model, measured; or why there is none."""
+    failure = found["failure"]
+    if failure is None:
+        job.progress.stage(f"Recover, shrink, verify and measure {trial.name}")
+        try:
+            return finish_trial(job.plan, trial, found, pool, job.store, dense, table)
+        except EvaluationError as error:  # the other trials are sound
+            failure = str(error)
+            job.progress.message(failure)
+    return trial_without_model(trial, found, failure)
+
+
+def _check_any(trials: Sequence[TrialResult]) -> None:
+    """Raises an EvaluationError if every trial failed."""
+    failures = {trial.name: trial.failure for trial in trials if trial.failure is not None}
+    if trials and len(failures) == len(trials):
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(failures.items())[:3])
+        more = f" (and {len(failures) - 3} more)" if len(failures) > 3 else ""
+        raise EvaluationError(f"all {len(trials)} trials failed: {reasons}{more}")
 
 
 def training_of(config: TrainingConfig, seed: int) -> Training:

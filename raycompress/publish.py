@@ -70,6 +70,12 @@ def publish(
     notes = list(result.notes)
     for trial in result.trials:
         child = children[trial.name]
+        child.log_params({"pruner": trial.pruner, "budget": trial.budget, "seed": trial.seed})
+        if not trial.rows:
+            child.log_metrics({"search/dfe": trial.dfe})
+            child.finish("FAILED" if trial.failure is not None else "KILLED")
+            trials.append(replace(trial, run_id=child.run_id))
+            continue
         model = final_model(plan, store.get(trial.weights))
         registered = tracking.registered_model if trial.name == result.best else None
         try:
@@ -86,7 +92,6 @@ def publish(
         except ArtifactError as error:
             notes.append(f"{trial.name}: no model.safetensors: {error}")
         child.log_artifact(folder / trial.name)
-        child.log_params({"pruner": trial.pruner, "budget": trial.budget, "seed": trial.seed})
         child.log_metrics(_metrics(trial))
         child.finish("FINISHED")
         trials.append(replace(trial, model=address, run_id=child.run_id))
@@ -187,7 +192,7 @@ def _write_figures(result: JobResult, folder: Path) -> list[Path]:
         figures["allocation"] = allocation_figure(result)
     if any(trial.curve for trial in result.trials):
         figures["search"] = search_figure(result)
-    if result.trials:
+    if any(trial.rows for trial in result.trials):
         figures["pareto"] = pareto_figure(result)
     paths = []
     for name, figure in figures.items():

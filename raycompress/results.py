@@ -201,6 +201,8 @@ class TrialResult:
         weights: Digest of the slim weights in the weight store, "" if none.
         run_id: Of the child run; "" without tracking.
         failure: Why the trial failed; None if it didn't.
+        stopped: Step at which it was stopped as hopeless; None if it wasn't. What failed or was
+            stopped has no rows; its curve goes as far as it came.
     """
 
     name: str
@@ -221,6 +223,7 @@ class TrialResult:
     weights: str = ""
     run_id: str = ""
     failure: str | None = None
+    stopped: int | None = None
 
     @property
     def budget_met(self) -> bool | None:

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from raycompress.budget import Budget
 from raycompress.config import JobConfig
+from raycompress.errors import EvaluationError
 from raycompress.executor import LedgerExecutor
 from raycompress.identity import structure_digest
 from raycompress.importing import resolve
@@ -37,15 +38,19 @@ __all__ = [
     "MakePool",
     "Report",
     "Shared",
+    "failed_trial",
     "finished",
     "load_ranking",
     "metrics_of",
+    "point_of",
     "run_trial",
     "save_ranking",
 ]
 
 MakePool = Callable[[Ledger], LedgerExecutor]
 """Makes the trial's executor: model hosts for the job's task, with the dense weights."""
+POINT = ("score", "loss", "best_score", "best_loss", "dfe", "failed")
+"""What every point of a search's curve has, besides its step and the search's own figures."""
 Report = Callable[[int, Mapping[str, float]], None]
 """Called with (step, metrics) after each step of the search."""
 
@@ -178,6 +183,8 @@ def run_trial(
 
         winner = run_search(pruner.search(problem), pool, on_step)
         judged = pool.evaluate([winner])[0]
+        if judged.failure is not None:
+            raise EvaluationError(f"its winner failed: {judged.failure}")
         if curve:
             spent += judged.dfe
         else:  # it asked for nothing: its answer is its only step
@@ -194,7 +201,7 @@ def run_trial(
             "winner": winner.key(),
             "score": judged.score,
             "loss": judged.loss,
-            "failure": judged.failure,
+            "failure": None,
             "dfe": pool.dfe,
             "total_dfe": spent,
             "evaluated": pool.num_evaluated,
@@ -204,6 +211,35 @@ def run_trial(
         }
     write_json(_folder(shared, payload) / "result.json", result)
     return result
+
+
+def failed_trial(name: str, failure: str, curve: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The result of a trial that failed, as far as it came."""
+    last = curve[-1] if curve else {}
+    return {
+        "name": name,
+        "winner": None,
+        "score": last.get("best_score"),
+        "loss": last.get("best_loss"),
+        "failure": failure,
+        "dfe": 0.0,
+        "total_dfe": last.get("dfe", 0.0),
+        "evaluated": 0,
+        "replayed": 0,
+        "seconds": 0.0,
+        "curve": [dict(point) for point in curve],
+    }
+
+
+def point_of(step: int, metrics: Mapping[str, float]) -> dict[str, Any]:
+    """The inverse of `metrics_of`."""
+    known = {name: metrics[name] for name in POINT}
+    return {
+        "step": step,
+        **known,
+        "failed": int(metrics["failed"]),
+        "figures": {name: value for name, value in metrics.items() if name not in POINT},
+    }
 
 
 def metrics_of(point: Mapping[str, Any]) -> dict[str, float]:

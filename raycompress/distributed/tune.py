@@ -72,7 +72,7 @@ def run_trials(
     *,
     on_report: OnReport | None = None,
     shared: Any = None,
-) -> dict[str, dict[str, Any]]:
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """Runs trials; those that finished in an earlier run of the job are not run again.
 
     Args:
@@ -90,11 +90,10 @@ def run_trials(
         shared: For all trials; put into the object store once.
 
     Returns:
-        The results by trial name.
+        Results, and of the trials that failed their own exceptions' texts, by trial name.
 
     Raises:
         ClusterError: A trial can never fit the cluster.
-        EvaluationError: Trials failed, with their own exceptions' texts; the others have finished.
         KeyboardInterrupt: SIGINT or SIGTERM; the trials have been stopped.
     """
     folder = Path(output).absolute() / "tune"
@@ -103,6 +102,7 @@ def run_trials(
         raise ValueError("names of trials must differ")
     results = {name: _marker(folder, spec) for name, spec in by_name.items()}
     missing = [name for name, result in results.items() if result is None]
+    failures: dict[str, str] = {}
     if missing:
         replicas = [bundle(cluster)] * cluster.replicas
         check_feasible(replicas, f"a trial with {cluster.replicas} replicas doesn't fit")
@@ -116,15 +116,10 @@ def run_trials(
         )
         errors = _fit(common, missing, replicas, on_report)
         results |= {name: _marker(folder, by_name[name]) for name in missing}
-        failed = [name for name in missing if results[name] is None]
-        if failed:
-            raise EvaluationError(
-                "; ".join(
-                    f"trial {name} failed: {errors.get(name, 'it never finished')}"
-                    for name in failed
-                )
-            )
-    return {name: result for name, result in results.items() if result is not None}
+        failures = {
+            name: errors.get(name, "it never finished") for name in missing if results[name] is None
+        }
+    return {name: result for name, result in results.items() if result is not None}, failures
 
 
 def _fit(
@@ -200,7 +195,7 @@ def _trial(config: Mapping[str, Any], common: _Common) -> None:
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
         _write(folder / f"{spec.name}.error.json", {"error": text})
-        if isinstance(error, InputError):
+        if isinstance(error, InputError | EvaluationError):
             return  # it would fail again
         raise
     _write(

@@ -138,7 +138,7 @@ def pareto_figure(result: JobResult) -> Figure:
     """Validation score against multiply-adds of every final model, the front joined."""
     figure, axes = _axes(7.5, 4.8, "What each model costs, and what it is worth")
     points = []
-    for index, trial in enumerate(result.trials):
+    for index, trial in enumerate(t for t in result.trials if t.rows):
         row = trial.rows[-1]
         x, y = 100 * row.macs / max(result.dense.macs, 1), row.score_validation or 0.0
         colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index // len(COLOURS) % 3]

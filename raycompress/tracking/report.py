@@ -78,7 +78,7 @@ def _first(result: JobResult) -> JobResult:
     """Latency columns are those of the first trial; each trial timed the dense model anew."""
     from dataclasses import replace
 
-    row = next((trial.row("dense") for trial in result.trials), None)
+    row = next((trial.row("dense") for trial in result.trials if trial.rows), None)
     return result if row is None or result.dense.latency else replace(result, dense=row)
 
 
@@ -116,7 +116,7 @@ def report_markdown(result: JobResult) -> str:
     ]
     for trial in result.trials:
         parts += _trial(trial)
-    if result.trials:
+    if result.model_uri:
         parts += ["## Use the model", "", "```python", "import mlflow.pytorch", ""]
         parts += [
             f"mlflow.set_tracking_uri({result.tracking_uri!r})",
@@ -136,6 +136,8 @@ def report_markdown(result: JobResult) -> str:
 
 def _trial(trial: TrialResult) -> list[str]:
     lines = [f"## {trial.name}", ""]
+    if trial.failure is not None:
+        lines.append(f"- FAILED: {trial.failure}")
     for limit in trial.limits:
         verdict = "met" if limit.met else "NOT met"
         lines.append(
