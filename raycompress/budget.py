@@ -164,6 +164,8 @@ class Allocator:
         budget: What may be kept.
         round_to: Kept counts are multiples of this, where a group's own constraint allows it.
         min_kept: Never fewer channels than this in a group.
+        most: Never more channels than this in a group, such as what a slim parent has; groups left
+            out may stay whole.
         latency: Prices counts where the budget limits latency. More channels may cost less: what
             `fit` returns is within the budget all the same, but may not be the largest that is.
 
@@ -180,6 +182,7 @@ class Allocator:
         *,
         round_to: int = 1,
         min_kept: int = 1,
+        most: Mapping[str, int] | None = None,
         latency: Pricing | None = None,
     ) -> None:
         if budget.names_latency and latency is None:
@@ -194,8 +197,12 @@ class Allocator:
         self._latency = latency if budget.names_latency else None
         self._dense_ms = 0.0 if self._latency is None else self._latency.latency_ms()
         self._step = {g.name: _step(g, round_to) for g in self.groups}
+        caps = {} if most is None else most
+        self._most = {
+            g.name: min(caps.get(g.name, g.num_channels), g.num_channels) for g in self.groups
+        }
         self._least = {
-            g.name: min(self._round(g, max(min_kept, g.min_kept), up=True), g.num_channels)
+            g.name: min(self._round(g, max(min_kept, g.min_kept), up=True), self._most[g.name])
             for g in self.groups
         }
         self._base = self._smallest()
@@ -221,9 +228,8 @@ class Allocator:
         return self.budget.excess(self.structure.cost(counts), self.dense, self._ms(counts))
 
     def sizes(self, group: str) -> range:
-        """Kept counts that a group may have, all of its channels left out."""
-        num = self.structure.group(group).num_channels
-        return range(self._least[group], num, self._step[group])
+        """Kept counts that a group may have, the most that it may have left out."""
+        return range(self._least[group], self._most[group], self._step[group])
 
     def meets(self, counts: Mapping[str, int]) -> bool:
         """Whether counts are within the budget."""
@@ -274,7 +280,7 @@ class Allocator:
             for group in order:
                 more = counts[group.name] + self._step[group.name]
                 larger = {**counts, group.name: more}
-                if more <= group.num_channels and self.meets(larger):
+                if more <= self._most[group.name] and self.meets(larger):
                     counts, grown = larger, True
         return counts
 
@@ -287,8 +293,8 @@ class Allocator:
         return counts
 
     def _round(self, group: ChannelGroup, wanted: float, *, up: bool) -> int:
-        if wanted >= group.num_channels:
-            return group.num_channels
+        if wanted >= self._most[group.name]:
+            return self._most[group.name]
         step = self._step[group.name]
         whole = int((wanted + 1e-9) // step) * step
         return whole + step if up and whole < wanted else whole

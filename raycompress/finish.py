@@ -93,7 +93,7 @@ def finish_trial(
     winner = Candidate.from_key(found["winner"])
     if winner.kept:
         pool.publish(load_ranking(winner.ranking, plan.output / "rankings"))
-    if plan.config.reconstruct and winner.kept:
+    if plan.config.reconstruct and winner.kept and winner.reconstruct is None:
         winner = replace(winner, reconstruct=Reconstruction(dense.candidate.weights))
     training = _recovery(plan.config.recover, trial.seed, dense.candidate.weights)
     recovered = pool.evaluate([winner.with_training(training)])[0]

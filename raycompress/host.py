@@ -250,7 +250,9 @@ class ModelHost:
             layers = {parameters[key]: mask for key, mask in masks.items() if key in parameters}
             outputs = {}
         batches = self._splits.calibration(how.batches)
-        dense = self.build(Candidate(how.dense))
+        # In dense shapes, whatever those weights have lost: `outputs` counts dense channels.
+        self._load(how.dense)
+        dense = copy.deepcopy(self._base).to(self.device).eval()
         reconstruct(
             model,
             dense,

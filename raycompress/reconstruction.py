@@ -38,7 +38,8 @@ class Reconstruction:
     """How a candidate is reconstructed.
 
     Attributes:
-        dense: Digest of the weights whose layers are imitated.
+        dense: Digest of the weights whose layers are imitated, in dense shapes: what they have lost
+            is zero.
         batches: Calibration batches, at least 1.
         damping: Ridge, as a fraction of the mean of G's diagonal.
     """

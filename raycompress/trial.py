@@ -28,7 +28,7 @@ from raycompress.ledger import Ledger
 from raycompress.loading import build_pruner
 from raycompress.plan import TrialPlan
 from raycompress.pruning.pruner import Problem
-from raycompress.search import Ranking, Trial, digest_of, run_search
+from raycompress.search import Candidate, Ranking, Trial, digest_of, run_search
 from raycompress.structure import Structure
 from raycompress.structure.latency.table import LatencyTable
 from raycompress.task import Task
@@ -139,6 +139,7 @@ def run_trial(
     name = str(payload["name"])
     curve: list[dict[str, Any]] = []
     replayed, spent = 0, 0.0
+    charged: dict[Candidate, float] = {}
     figures: dict[str, float] = {}
     with Ledger(shared.output / "ledger", name) as ledger, make_pool(ledger) as pool:
         problem = Problem(
@@ -158,7 +159,10 @@ def run_trial(
         def on_step(_: int, trials: Sequence[Trial]) -> None:
             nonlocal replayed, spent
             replayed += sum(trial.replayed for trial in trials)
-            spent += sum(trial.dfe for trial in trials)
+            for trial in trials:  # what is asked for again was paid for before
+                paid = charged.get(trial.candidate, 0.0)
+                charged[trial.candidate] = max(trial.dfe, paid)
+                spent += charged[trial.candidate] - paid
             # Statistics and looks at the dense model cost, and are no steps of the search.
             own = [t for t in trials if t.candidate.kept or t.candidate.training is not None]
             alive = [trial for trial in own if trial.judged]

@@ -14,8 +14,7 @@ from raycompress.identity import structure_digest
 from raycompress.ledger import Ledger
 from raycompress.local import LocalExecutor
 from raycompress.pruning import L1Filter, Level, SimulatedAnnealing
-from raycompress.pruning.simulated_annealing import accepts
-from raycompress.search import Candidate, Ranking, Shard, Training, Trial, run_search
+from raycompress.search import Candidate, Ranking, Training, run_search
 from raycompress.structure import analyze, slim
 from raycompress.testing import PrunerContract, ToyTask, toy_problem
 from raycompress.weights import WeightStore
@@ -34,11 +33,6 @@ class TestL1(PrunerContract):
 class TestUniformL1(PrunerContract):
     pruner = L1Filter()
     budget: ClassVar = {"macs": "50%"}
-
-
-class TestAnnealing(PrunerContract):
-    pruner = ANNEALING
-    budget: ClassVar = {"macs": "30%", "params": "60%"}
 
 
 def test_l1_removes_the_filters_of_least_norm(tmp_path):
@@ -102,53 +96,6 @@ def test_bad_budgets(value):
         Budget.of({"macs": value})
     with pytest.raises(ConfigError, match="did you mean 'macs'"):
         Budget.of({"mac": "50%"})
-
-
-@pytest.mark.parametrize(("difference", "temperature"), [(1.0, 1.0), (0.3, 0.1), (2.0, 5.0)])
-def test_acceptance_follows_metropolis(difference, temperature):
-    rng = random.Random(0)
-    draws = 4000
-    share = sum(accepts(difference, temperature, rng.random()) for _ in range(draws)) / draws
-    expected = math.exp(-difference / temperature)
-    assert abs(share - expected) < 4 * math.sqrt(expected * (1 - expected) / draws)
-
-
-def test_temperature_gives_the_asked_acceptances():
-    annealing = SimulatedAnnealing(iterations=20, start_acceptance=0.7, end_acceptance=0.02)
-    scale = 0.37
-    assert math.exp(-scale / annealing.temperature(1, scale)) == pytest.approx(0.7)
-    assert math.exp(-scale / annealing.temperature(20, scale)) == pytest.approx(0.02)
-
-
-def test_annealing_finds_what_a_fake_evaluator_rewards(tmp_path):
-    """The evaluator prefers channels in conv3; the best-so-far never gets worse."""
-    problem, _ = toy_problem(str(tmp_path), {"params": "50%"})
-
-    class Fake:
-        def __init__(self):
-            self.rankings = {}
-
-        def publish(self, ranking):
-            self.rankings[ranking.digest] = ranking
-
-        def evaluate(self, candidates, split="validation"):
-            return [
-                Trial(c, (Shard(1, c.counts.get("conv3", 16), -c.counts.get("conv3", 16)),))
-                for c in candidates
-            ]
-
-    executor = Fake()
-    problem = type(problem)(**{**vars(problem), "executor": executor})
-    seen = []
-    winner = run_search(
-        SimulatedAnnealing(iterations=30).search(problem),
-        executor,
-        lambda _, trials: seen.extend(trials),
-    )
-    pruned = [trial.candidate for trial in seen if trial.candidate.kept]  # not the dense model
-    scores = [candidate.counts.get("conv3", 16) for candidate in pruned]
-    assert winner.counts.get("conv3", 16) == max(scores)
-    assert max(scores) > scores[0]
 
 
 def test_failed_candidates_are_answers_and_all_failing_is_an_error(tmp_path):

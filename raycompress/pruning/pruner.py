@@ -221,8 +221,8 @@ class Pruner(ABC):
         """Runs the search in this process; needs neither Ray nor a job.
 
         Args:
-            model: Dense, on the CPU. Pruners that train leave it with the trained weights; the
-                others only read it.
+            model: Dense, on the CPU. Pruners that train or reconstruct leave it with the weights
+                that came out; the others only read it.
             task: Judges candidates. Its `build_model` makes models like `model`, whose weights
                 they get.
             targets: Which layers may be pruned, as NNI's `config_list`; empty: all.
@@ -267,6 +267,8 @@ class Pruner(ABC):
             )
             winner = run_search(self.search(problem), executor)
             masks = executor.host.masks(winner)
+            if winner.reconstruct is not None and winner.training is None:
+                winner = winner.with_training(Training(0.0))  # to have the weights it was judged by
             if winner.training is not None or winner.weights != digest:
                 trained = executor.evaluate([winner])[0].weights or winner.weights
                 model.load_state_dict(problem.dense(trained).state_dict())

@@ -35,7 +35,7 @@ CHANNELS: list[tuple[dict[str, Any], float]] = [
     ({"type": "ActivationAPoZRank"}, 0),
     ({"type": "ActivationMeanRank"}, 0),
     ({"type": "TaylorFO"}, 0),
-    ({"type": "SimulatedAnnealing", "iterations": 10}, 0),
+    ({"type": "SimulatedAnnealing", "iterations": 10, "reconstruct": False}, 0),
     ({"type": "Iterative", "criterion": "l1", "rounds": 1, "epochs": OWN}, OWN),
     ({"type": "Iterative", "criterion": "l1", "rounds": OWN, "epochs": 1}, OWN),
     ({"type": "AGP", "criterion": "l1", "end": OWN - 1, "total": OWN}, OWN),
