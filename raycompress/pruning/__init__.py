@@ -11,6 +11,7 @@ from raycompress.pruning.iterative import Iterative
 from raycompress.pruning.lottery_ticket import LotteryTicket
 from raycompress.pruning.movement import MovementPruning
 from raycompress.pruning.net_adapt import NetAdapt
+from raycompress.pruning.nni_annealing import NNISimulatedAnnealing
 from raycompress.pruning.one_shot import L1Filter, L2Filter, OneShot
 from raycompress.pruning.pruner import Problem, Pruner
 from raycompress.pruning.simulated_annealing import SimulatedAnnealing
@@ -33,6 +34,7 @@ __all__ = [
     "Level",
     "LotteryTicket",
     "MovementPruning",
+    "NNISimulatedAnnealing",
     "NetAdapt",
     "OneShot",
     "Problem",
