@@ -1,0 +1,126 @@
+"""DoReFa (Zhou et al. 2016, arXiv 1606.06160): few bits for weights, activations and gradients.
+
+Shapes: weights of any shape, one layer at a time; activations and gradients have the batch first.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "binarize_by_mean",
+    "quantize_activation",
+    "quantize_gradient",
+    "quantize_unit",
+    "quantize_weight",
+]
+
+
+class _Round(torch.autograd.Function):
+    """q_k (equation 5): the nearest of 2^k levels in [0, 1]; the gradient goes straight through."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, steps: int) -> Tensor:
+        return torch.round(x * steps) / steps
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+class _MeanSign(torch.autograd.Function):
+    """E|w| * sign(w); the gradient goes straight through, past the mean too."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        mean = weight.abs().mean()
+        return torch.where(weight >= 0, mean, -mean)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+class _Gradient(torch.autograd.Function):
+    """Nothing forward; the gradient is quantized."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bits: int) -> Tensor:
+        ctx.bits = bits
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        noise = torch.rand_like(gradient, dtype=torch.float32) - 0.5
+        return quantize_gradient(gradient, ctx.bits, noise), None
+
+
+def quantize_unit(x: Tensor, bits: int) -> Tensor:
+    """q_k of equation 5: x in [0, 1], rounded to multiples of 1 / (2^k - 1)."""
+    rounded: Tensor = _Round.apply(x, 2**bits - 1)  # type: ignore[no-untyped-call]
+    return rounded
+
+
+def binarize_by_mean(weight: Tensor) -> Tensor:
+    """The case of one bit, E|w| * sign(w) with the mean over the whole layer, and sign(0) = 1.
+
+    The mean is no function of the weights to the gradient (equation 7 passes it straight through).
+    """
+    signs: Tensor = _MeanSign.apply(weight)  # type: ignore[no-untyped-call]
+    return signs
+
+
+def quantize_weight(weight: Tensor, bits: int) -> Tensor:
+    """A layer's weights (equations 7 and 9): 2 q_k(tanh(w) / (2 max|tanh(w)|) + 1/2) - 1.
+
+    The largest weight becomes 1 or -1, so a layer's scale is lost: a norm after it restores it.
+    The maximum is a constant to the gradient, which is then (1 - tanh(w)^2) / max|tanh(w)|; the
+    paper leaves it open.
+
+    Args:
+        weight: Of one layer, any shape.
+        bits: 1: `binarize_by_mean`. 32: the weights as they are.
+    """
+    if bits >= 32:
+        return weight
+    if bits == 1:
+        return binarize_by_mean(weight)
+    bent = torch.tanh(weight.float())
+    largest = bent.detach().abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+    return (2 * quantize_unit(bent / (2 * largest) + 0.5, bits) - 1).to(weight.dtype)
+
+
+def quantize_activation(x: Tensor, bits: int) -> Tensor:
+    """q_k(clip(x, 0, 1)) (equation 11), whose gradient is 1 inside [0, 1] and 0 outside.
+
+    Args:
+        x: Any shape.
+        bits: 32: x as it is, not clipped either.
+    """
+    if bits >= 32:
+        return x
+    # In float32 also under autocast: bfloat16 can't tell 255 levels apart.
+    return quantize_unit(x.float().clamp(0, 1), bits).to(x.dtype)
+
+
+def quantize_gradient(gradient: Tensor, bits: int, noise: Tensor) -> Tensor:
+    """A gradient (equation 12): 2 m [q_k(g / (2 m) + 1/2 + noise / (2^k - 1)) - 1/2].
+
+    m is the largest |g| of each example. With noise uniform in [-1/2, 1/2) the result is unbiased:
+    its mean is g.
+
+    Args:
+        gradient: Shape (n, ...), the batch first.
+        bits: Of each element.
+        noise: One number for each element, of the gradient's shape.
+    """
+    steps = 2**bits - 1
+    g = gradient.float()
+    largest = g.abs().amax(dim=tuple(range(1, g.dim())), keepdim=True) if g.dim() > 1 else g.abs()
+    span = 2 * largest.clamp(min=torch.finfo(torch.float32).tiny)
+    levels = torch.round(((g / span + 0.5) * steps + noise).clamp(0, steps)) / steps
+    quantized: Tensor = (levels - 0.5) * span * (largest > 0)
+    return quantized.to(gradient.dtype)

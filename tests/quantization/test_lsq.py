@@ -1,0 +1,65 @@
+import math
+
+import pytest
+import torch
+
+from raycompress.quantization.lsq import first_step_size, quantize_with_step
+
+
+def test_values_by_hand():
+    v = torch.tensor([-3.0, -0.76, -0.24, 0.0, 0.26, 0.74, 5.0])
+    # Two bits with sign, s = 0.5: v / s = -6, -1.52, -0.48, 0, 0.52, 1.48, 10 in [-2, 1].
+    out = quantize_with_step(v, torch.tensor(0.5), -2, 1, 7)
+    assert out.tolist() == [-1.0, -1.0, 0.0, 0.0, 0.5, 0.5, 0.5]
+
+
+def test_gradients_by_hand():
+    v = torch.tensor([-3.0, -0.76, -0.24, 0.0, 0.26, 0.74, 5.0], requires_grad=True)
+    step = torch.tensor(0.5, requires_grad=True)
+    upstream = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0])
+    quantize_with_step(v, step, -2, 1, 7).backward(upstream)
+    assert v.grad.tolist() == [0.0, 2.0, 4.0, 8.0, 16.0, 0.0, 0.0]
+    # -2 below; round(r) - r for r = -1.52, -0.48, 0, 0.52; 1 above; over sqrt(7 * 1).
+    slopes = [-2.0, -0.48, 0.48, 0.0, 0.48, 1.0, 1.0]
+    expected = sum(a * b for a, b in zip(slopes, upstream.tolist(), strict=True)) / math.sqrt(7)
+    assert step.grad.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_step_gradient_is_that_of_the_surrogate():
+    """Finite differences of s * (v / s + constant rounding error), clipped, with s moved alone."""
+    torch.manual_seed(0)
+    v, high, low = torch.randn(500, dtype=torch.float64), 7, -8
+    s = torch.tensor(0.2, requires_grad=True)
+    weights = torch.randn(500)
+    quantize_with_step(v.float(), s, low, high, 500).backward(weights)
+
+    at = 0.2
+    error = torch.round(v / at) - v / at  # held while s moves: rounding passes straight through
+
+    def surrogate(step: float) -> torch.Tensor:
+        clipped = (v / step).clamp(low, high)
+        inside = (v / at > low) & (v / at < high)
+        # v / s moves with s, its rounding as much: d/ds s * (v/s + error) = error.
+        out = torch.where(inside, (v / step + error) * step, clipped * step)
+        return (out * weights).sum()
+
+    slope = (surrogate(at + 1e-6) - surrogate(at - 1e-6)) / 2e-6
+    assert s.grad.item() == pytest.approx(slope.item() / math.sqrt(500 * high), rel=1e-4)
+
+
+def test_unsigned_and_first_step_by_hand():
+    v = torch.tensor([0.0, 1.0, 2.0, 5.0])
+    assert first_step_size(v, 15).item() == pytest.approx(2 * 2.0 / math.sqrt(15))
+    assert first_step_size(torch.zeros(3), 15).item() == 1.0
+    out = quantize_with_step(torch.tensor([-1.0, 0.4, 9.0]), torch.tensor(0.5), 0, 3, 3)
+    assert out.tolist() == [0.0, 0.5, 1.5]
+
+
+def test_half_precision_inputs_get_a_float32_step_gradient():
+    v = torch.randn(64, dtype=torch.bfloat16, requires_grad=True)
+    step = torch.tensor(0.1, requires_grad=True)
+    out = quantize_with_step(v, step, -8, 7, 64)
+    assert out.dtype is torch.bfloat16
+    out.sum().backward()
+    assert v.grad.dtype is torch.bfloat16
+    assert step.grad.dtype is torch.float32
