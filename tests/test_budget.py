@@ -147,3 +147,21 @@ def test_other_budgets_ask_no_pricing(structure):
         dict.fromkeys(names, 1.0)
     )
     assert pricing.calls == 0
+
+
+@pytest.mark.parametrize("percent", [10, 40, 80, 100])
+@pytest.mark.parametrize("most", [{"conv1": 5, "conv3": 9}, {"conv3": 1}, {"conv1": 8}])
+def test_caps_hold_and_nothing_more_fits(structure, percent, most):
+    """What a slim parent hasn't got can't be given out; brute force over all other counts."""
+    budget = Budget.of({"macs": f"{percent}%"})
+    fitter = Allocator(structure, ("conv1", "conv3"), budget, most=most)
+    caps = {"conv1": 8, "conv3": 16, **most}
+    rng = random.Random(percent)
+    for _ in range(5):
+        counts = fitter.fit({name: rng.uniform(0.05, 1) for name in caps})
+        assert fitter.meets(counts) and all(1 <= counts[name] <= caps[name] for name in caps)
+        for a, b in product(range(counts["conv1"], caps["conv1"] + 1), range(1, 17)):
+            larger = {"conv1": a, "conv3": b}
+            if counts["conv3"] <= b <= caps["conv3"] and larger != counts:
+                assert not fitter.meets(larger)
+    assert list(fitter.sizes("conv3")) == list(range(1, caps["conv3"]))

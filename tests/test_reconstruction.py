@@ -182,3 +182,22 @@ def test_pruned_models_lose_less(tmp_path, kind):
             not torch.equal(state[name], masked_copy(problem.model, masks).state_dict()[name])
             for name in masks
         )
+
+
+def test_a_slim_parent_is_imitated_like_a_dense_one(tmp_path):
+    """In dense shapes; a candidate that prunes nothing more has nothing to make up for."""
+    problem, executor = toy_problem(str(tmp_path))
+    trained = executor.evaluate([Candidate(problem.weights, training=Training(10.0))])[0].weights
+    scores = L1().scores(problem.dense(trained), problem.structure, list(problem.groups()), {})
+    ranking = problem.ranking("channels", scores)
+    half = {"conv1": 5, "conv3": 9}
+    asked = problem.candidate(half, ranking, weights=trained, training=Training(6.0))
+    parent = executor.evaluate([asked])[0].weights
+    same = problem.candidate(half, ranking, weights=parent)
+    fewer = problem.candidate({"conv1": 3, "conv3": 5}, ranking, weights=parent)
+    how = Reconstruction(dense=parent)
+    base, again, plain, helped = executor.evaluate(
+        [same, replace(same, reconstruct=how), fewer, replace(fewer, reconstruct=how)]
+    )
+    assert again.failure is None and again.loss == pytest.approx(base.loss, rel=1e-4)
+    assert helped.loss < base.loss + 0.8 * (plain.loss - base.loss)

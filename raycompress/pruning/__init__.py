@@ -2,6 +2,7 @@
 
 from raycompress.pruning.admm import ADMM
 from raycompress.pruning.agp import AGP
+from raycompress.pruning.auto_compress import AutoCompress
 from raycompress.pruning.controls import FromScratch, RandomFilter
 from raycompress.pruning.filters import ActivationAPoZRank, ActivationMeanRank, TaylorFO
 from raycompress.pruning.fine_grained import LAMP, FineGrained, Level, Wanda
@@ -25,6 +26,7 @@ __all__ = [
     "LAMP",
     "ActivationAPoZRank",
     "ActivationMeanRank",
+    "AutoCompress",
     "FineGrained",
     "FixedAllocation",
     "FromScratch",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -14,13 +14,13 @@ from raycompress.criteria import L2, Criterion, Magnitude, channel_rows
 from raycompress.errors import ConfigError
 from raycompress.masks import prune_order
 from raycompress.pruning.pruner import Problem, Pruner
-from raycompress.pruning.units import Units, check_counts, check_sparsity, plan_units
-from raycompress.search import Candidate, Search, Training
-from raycompress.structure import ChannelGroup
+from raycompress.pruning.units import check_counts, check_sparsity, plan_units
+from raycompress.search import Asked, Candidate, Search, Training, Trial
+from raycompress.structure import ChannelGroup, slim
 from raycompress.training.toward import Toward
 from raycompress.weights import Weights
 
-__all__ = ["ADMM"]
+__all__ = ["ADMM", "Projection", "alternate"]
 
 State = dict[str, Tensor]
 
@@ -93,36 +93,18 @@ class ADMM(Pruner):
             min_kept=self.min_kept,
         )
         counts = units.final({})
-        projection = Projection(problem, units, counts, ranks.kind)
-        weights, rho = problem.weights, self.rho
-        state = projection.of(problem.model.state_dict())
-        z, _ = projection.project(state)
-        u = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
-        scores: Mapping[str, Tensor] = {}
-        for number in range(1, self.iterations + 1):
-            target = problem.store.put(Weights({name: z[name] - u[name] for name in z}, {}))
-            training = Training(
-                self.epochs,
-                self.lr,
-                problem.seed + 1000 * number,
-                methods=(Toward(target=target, rho=rho),),
-            )
-            trial = (yield [Candidate(weights, training=training)])[0]
-            weights = trial.trained()
-            w = projection.of(problem.store.get(weights).state)
-            before = z
-            z, scores = projection.project({name: w[name] + u[name] for name in w})
-            u = {name: u[name] + w[name] - z[name] for name in w}
-            norm = max(_norm(w), 1e-12)
-            problem.report(
-                {
-                    "primal_residual": _norm({n: w[n] - z[n] for n in w}) / norm,
-                    "dual_residual": rho * _norm({n: z[n] - before[n] for n in z}) / norm,
-                    "rho": rho,
-                }
-            )
-            rho *= self.rho_growth
-            u = {name: tensor / self.rho_growth for name, tensor in u.items()}
+        projection = Projection(problem, units.names, counts, ranks.kind)
+        weights, scores = yield from alternate(
+            problem,
+            projection,
+            Candidate(problem.weights),
+            iterations=self.iterations,
+            epochs=self.epochs,
+            rho=self.rho,
+            rho_growth=self.rho_growth,
+            lr=self.lr,
+            seed=problem.seed,
+        )
         ranking = problem.ranking(ranks.kind, scores)
         training = Training(self.retrain_epochs, self.lr, problem.seed)
         asked = problem.candidate(counts, ranking, weights=weights, training=training)
@@ -130,38 +112,120 @@ class ADMM(Pruner):
         return replace(asked, weights=trained, training=None)
 
 
+def alternate(
+    problem: Problem,
+    projection: Projection,
+    parent: Candidate,
+    *,
+    iterations: int,
+    epochs: float,
+    rho: float,
+    rho_growth: float,
+    lr: float | None,
+    seed: int,
+) -> Generator[Asked, list[Trial], tuple[str, dict[str, Tensor]]]:
+    """The iterations of ADMM: `yield from` it.
+
+    Args:
+        problem: Trains, and is told of the residuals.
+        projection: Onto what is to be left.
+        parent: Whose weights are trained; may be slim.
+        iterations: At least 1.
+        epochs: Of training in each.
+        rho: Strength in the first.
+        rho_growth: Factor of rho after each.
+        lr: Peak learning rate; None takes the task's own.
+        seed: Of the order of examples.
+
+    Returns:
+        Digest of the trained weights, and the scores by which the last projection chose.
+    """
+    weights = parent.weights
+    state = projection.of(problem.dense(weights).state_dict())
+    z, scores = projection.project(state)
+    u = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    for number in range(1, iterations + 1):
+        aim = projection.narrowed({name: z[name] - u[name] for name in z})
+        target = problem.store.put(Weights(aim, {}))
+        training = Training(
+            epochs, lr, seed + 1000 * number, methods=(Toward(target=target, rho=rho),)
+        )
+        trial = (yield [replace(parent, weights=weights, training=training)])[0]
+        weights = trial.trained()
+        w = projection.of(problem.dense(weights).state_dict())
+        before = z
+        z, scores = projection.project({name: w[name] + u[name] for name in w})
+        u = {name: u[name] + w[name] - z[name] for name in w}
+        norm = max(_norm(w), 1e-12)
+        problem.report(
+            {
+                "primal_residual": _norm({n: w[n] - z[n] for n in w}) / norm,
+                "dual_residual": rho * _norm({n: z[n] - before[n] for n in z}) / norm,
+                "rho": rho,
+            }
+        )
+        rho *= rho_growth
+        u = {name: tensor / rho_growth for name, tensor in u.items()}
+    return weights, scores
+
+
 class Projection:
     """The Euclidean projection onto models that keep so many units under each key.
 
+    All in dense shapes: what a slim parent has lost is zero.
+
     Args:
         problem: Model and structure.
-        units: What is pruned.
+        names: Of the groups or layers that are pruned.
         counts: Kept units under each key.
         kind: Of the units.
+        weights: Digest of the parent's; None: the dense model's own.
     """
 
     def __init__(
-        self, problem: Problem, units: Units, counts: Mapping[str, int], kind: str
+        self,
+        problem: Problem,
+        names: Sequence[str],
+        counts: Mapping[str, int],
+        kind: str,
+        weights: str | None = None,
     ) -> None:
+        self._problem = problem
+        self._weights = problem.weights if weights is None else weights
         self._counts = counts
         self._groups: list[ChannelGroup] = []
         if kind == "weights":
             self.parameters = list(counts)
             return
-        self._groups = [problem.structure.group(name) for name in units.names]
-        names = dict(problem.model.named_parameters())
+        self._gone = problem.removed("channels", names, self._weights)
+        self._groups = [problem.structure.group(name) for name in names]
+        known = dict(problem.model.named_parameters())
         self.parameters = sorted(
             {
                 m.parameter
                 for group in self._groups
                 for m in group.members
-                if m.role == "producer" and m.parameter in names
+                if m.role == "producer" and m.parameter in known
             }
         )
 
     def of(self, state: Mapping[str, Tensor]) -> State:
         """The weights that are projected, out of a dense state dict."""
         return {name: state[name].detach().float() for name in self.parameters}
+
+    def narrowed(self, weights: State) -> State:
+        """Weights in dense shapes in the parent's own."""
+        kept = {} if self._weights == self._problem.weights else self._kept()
+        if not kept:
+            return weights
+        model = self._problem.dense(self._weights)  # a copy
+        model.load_state_dict({**model.state_dict(), **weights})
+        small = slim(model, self._problem.structure, kept).state_dict()
+        return {name: small[name] for name in weights}
+
+    def _kept(self) -> dict[str, list[int]]:
+        stored = self._problem.store.get(self._weights)
+        return {name: list(indices) for name, indices in stored.kept.items()}
 
     def project(self, weights: Mapping[str, Tensor]) -> tuple[State, dict[str, Tensor]]:
         """The nearest sparse weights, and the scores by which they were chosen."""
@@ -176,7 +240,10 @@ class Projection:
         for group in self._groups:
             producers = [m for m in group.members if m.role == "producer" and m.parameter in result]
             squares = [channel_rows(weights[m.parameter], m).square().sum(dim=1) for m in producers]
-            scores[group.name] = torch.stack(squares).sum(dim=0)
+            total = torch.stack(squares).sum(dim=0)
+            if group.name in self._gone:  # before channels that are left, and happen to be zero
+                total = total.masked_fill(self._gone[group.name], -math.inf)
+            scores[group.name] = total
             gone = prune_order(scores[group.name])
             gone = gone[: group.num_channels - self._counts[group.name]]
             for member in producers:

@@ -100,7 +100,7 @@ class Problem:
                 raise EvaluationError(f"{type(criterion).__name__}: {trial.failure}")
             statistics = self.store.get(trial.weights).state
         scores = criterion.scores(self.dense(parent), self.structure, names, statistics)
-        for key, gone in self._removed(criterion.kind, list(scores), parent).items():
+        for key, gone in self.removed(criterion.kind, list(scores), parent).items():
             scores[key] = scores[key].double().masked_fill(gone, -math.inf)
         return scores
 
@@ -119,7 +119,7 @@ class Problem:
         self.executor.publish(ranking)
         return ranking
 
-    def _removed(
+    def removed(
         self, kind: Literal["channels", "weights"], keys: Sequence[str], weights: str
     ) -> dict[str, Tensor]:
         """Units that are gone in some weights: bool tensors by the keys of a ranking."""

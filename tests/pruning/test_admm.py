@@ -35,7 +35,7 @@ def _projection(tmp_path, kind):
     criterion = Magnitude() if kind == "weights" else L2()
     units = plan_units(problem, criterion, "ADMM", 0.5)
     counts = units.final({})
-    return problem, counts, Projection(problem, units, counts, kind)
+    return problem, counts, Projection(problem, units.names, counts, kind)
 
 
 @given(st.lists(st.integers(-3, 3), min_size=6, max_size=6), st.integers(1, 6))
