@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 from conftest import Toy
 
+from raycompress.budget import Budget
 from raycompress.config import ClusterConfig
 from raycompress.distributed.pool import ReplicaPool
 from raycompress.local import LocalExecutor
@@ -24,7 +25,13 @@ from raycompress.weights import WeightStore
 pytestmark = pytest.mark.usefixtures("cluster")
 
 
-def winner_of(toy: Toy, pruner: Pruner, executor: Executor, store: WeightStore) -> Candidate:
+def winner_of(
+    toy: Toy,
+    pruner: Pruner,
+    executor: Executor,
+    store: WeightStore,
+    budget: Budget | None = None,
+) -> Candidate:
     model = ToyTask().build_model().eval()
     problem = Problem(
         model=model,
@@ -32,6 +39,7 @@ def winner_of(toy: Toy, pruner: Pruner, executor: Executor, store: WeightStore) 
         weights=toy.digest,
         executor=executor,
         store=store,
+        budget=budget,
     )
     return run_search(pruner.search(problem), executor)
 
