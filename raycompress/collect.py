@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,12 @@ class Collector(ABC):
     """Base of what can be collected: a frozen dataclass of plain fields, at a module's top level.
 
     A candidate that holds one is answered with the digest of what was collected.
+
+    Attributes:
+        passes: Forward passes over the calibration data that it counts as; a backward pass is two.
     """
+
+    passes: ClassVar[float] = 1.0
 
     @abstractmethod
     def collect(self, probe: Probe) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ Where the units run is left to `_run`: `LocalExecutor` (local.py) runs them in t
 
 from __future__ import annotations
 
+import functools
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Self
 
+from raycompress.dfe import Prices
 from raycompress.identity import structure_digest
 from raycompress.ledger import Ledger
 from raycompress.search import Candidate, Ranking, Shard, Trial, digest_of
@@ -23,7 +25,7 @@ from raycompress.structure.latency.measure import LatencyRow
 from raycompress.structure.latency.table import LatencyTable
 from raycompress.task import Progress, Split
 from raycompress.units import Evaluation, HostInfo, Unit, UnitResult
-from raycompress.weights import Weights
+from raycompress.weights import Weights, WeightStore
 
 __all__ = ["LedgerExecutor"]
 
@@ -33,6 +35,7 @@ class LedgerExecutor(ABC):
 
     Args:
         structure: Of the task's model; prices candidates.
+        store: Says what channels trained weights are left with.
         evaluation: Settings.
         ledger: Where finished work is recorded; None keeps it in memory.
         progress: Called with (step, number of steps, loss) while a training unit runs.
@@ -46,11 +49,13 @@ class LedgerExecutor(ABC):
     def __init__(
         self,
         structure: Structure,
+        store: WeightStore,
         evaluation: Evaluation,
         ledger: Ledger | None = None,
         progress: Progress | None = None,
     ) -> None:
         self.structure = structure
+        self.store = store
         self.evaluation = evaluation
         self.ledger = ledger
         self.progress = progress
@@ -58,7 +63,7 @@ class LedgerExecutor(ABC):
         self.num_evaluated = 0
         self._memory: dict[str, Mapping[str, Any]] = {}
         self._structure = structure_digest(structure)
-        self._dense_macs = max(structure.cost().macs, 1)
+        self._slim: dict[str, dict[str, int]] = {}
         self.rankings: dict[str, Ranking] = {}
 
     @property
@@ -85,8 +90,8 @@ class LedgerExecutor(ABC):
         """Sends a ranking to the hosts."""
 
     @abstractmethod
-    def share(self, digest: str, weights: Weights) -> None:
-        """Sends weights to the hosts once, that they would otherwise read from the store."""
+    def _share(self, digest: str, weights: Weights) -> None:
+        """Sends weights to the hosts."""
 
     @abstractmethod
     def latency(
@@ -116,6 +121,26 @@ class LedgerExecutor(ABC):
             self.rankings[ranking.digest] = ranking
             self._publish(ranking)
 
+    def share(self, digest: str, weights: Weights) -> None:
+        """Sends weights to the hosts once, that they would otherwise read from the store."""
+        self._slim[digest] = {name: len(kept) for name, kept in weights.kept.items()}
+        self._share(digest, weights)
+
+    def counts(self, candidate: Candidate) -> dict[str, int]:
+        """Kept channels by group, what its weights have lost included; empty where it is masked."""
+        digest = candidate.weights
+        if digest not in self._slim:
+            if digest not in self.store:  # it will fail
+                return {}
+            self._slim[digest] = self.store.kept_counts(digest)
+        ranking = self.rankings.get(candidate.ranking)
+        own = candidate.counts if ranking is not None and ranking.kind == "channels" else {}
+        return {**self._slim[digest], **own}
+
+    @functools.cached_property
+    def _prices(self) -> Prices:
+        return Prices(self.structure, self.evaluation, self.info)
+
     def close(self) -> None:  # noqa: B027 - an executor may hold nothing
         """Lets the hosts go."""
 
@@ -129,8 +154,16 @@ class LedgerExecutor(ABC):
         """Judges candidates; answers in their order. Equal ones are evaluated once.
 
         Candidates with training are trained first (once, whatever the split), and what comes out
-        is evaluated under the digest of its weights. Those that collect aren't judged.
+        is evaluated under the digest of its weights. Those that collect aren't judged. What was
+        done is on disk when this returns.
         """
+        try:
+            return self._answer(candidates, split)
+        finally:
+            if self.ledger is not None:
+                self.ledger.commit()
+
+    def _answer(self, candidates: Sequence[Candidate], split: Split) -> list[Trial]:
         trained = self._train([c for c in candidates if c.collect is None and c.training])
         collected = self._statistics([c for c in candidates if c.collect is not None])
         judged: list[Candidate | None] = []
@@ -176,12 +209,7 @@ class LedgerExecutor(ABC):
         units = [Unit(candidate, "train") for candidate in missing]
         for index, result in self._run(units):
             candidate = missing[index]
-            training = candidate.training
-            assert training is not None
-            sizes = self.info.num_examples
-            epochs = training.in_epochs(self.info.steps_per_epoch)
-            passes = 3 * epochs * sizes["train"] / max(sizes["validation"], 1)
-            dfe = passes * self._relative_macs(candidate)
+            dfe = self._prices.training_of(candidate, self.counts(candidate))
             trials[candidate] = self._record(keys[candidate], candidate, [result], dfe)
         return trials
 
@@ -189,10 +217,9 @@ class LedgerExecutor(ABC):
         keys = {c: self._key("collection", {"candidate": c.key()}) for c in candidates}
         trials, missing = self._recall(keys)
         units = [Unit(candidate, "calibration") for candidate in missing]
-        sizes = self.info.num_examples
-        dfe = sizes["calibration"] / max(sizes["validation"], 1)
         for index, result in self._run(units):
             candidate = missing[index]
+            dfe = self._prices.collection_of(candidate)
             trials[candidate] = self._record(keys[candidate], candidate, [result], dfe)
         return trials
 
@@ -216,26 +243,12 @@ class LedgerExecutor(ABC):
             own = range(first[position], first[position] + len(cut[position]))
             if all(i in results for i in own):
                 candidate = missing[position]
-                dfe = self._evaluation_dfe(candidate, split)
+                dfe = self._prices.evaluation_of(candidate, self.counts(candidate), split)
                 trials[candidate] = self._record(
-                    keys[candidate], candidate, [results.pop(i) for i in own], dfe
+                    keys[candidate], candidate, [results.pop(i) for i in own], dfe, split
                 )
                 self.num_evaluated += candidate.shards is None or candidate.shards[0] == 0
         return trials
-
-    def _evaluation_dfe(self, candidate: Candidate, split: Split) -> float:
-        """What judging a candidate costs: the examples, and what comes before them."""
-        sizes = self.info.num_examples
-        examples: float = sizes[split]
-        if candidate.shards is not None:
-            examples *= (candidate.shards[1] - candidate.shards[0]) / self.evaluation.num_shards
-        if candidate.shards is None or candidate.shards[0] == 0:
-            # Reconstruction runs the model up to each layer, for both models: half of each.
-            batches = candidate.recalibrate
-            if candidate.reconstruct is not None:
-                batches += candidate.reconstruct.batches * max(len(candidate.kept), 1)
-            examples += min(batches * self.evaluation.batch_size, batches * sizes["calibration"])
-        return self._relative_macs(candidate) * examples / max(sizes["validation"], 1)
 
     def _parts(self, candidate: Candidate, num_candidates: int) -> list[tuple[int, ...]]:
         """The shards of one candidate, cut into more units where workers would stand idle."""
@@ -246,12 +259,6 @@ class LedgerExecutor(ABC):
         num_parts = min(end - start, max(1, per_candidate))
         bounds = [start + (end - start) * i // num_parts for i in range(num_parts + 1)]
         return [tuple(range(a, b)) for a, b in itertools.pairwise(bounds)]
-
-    def _relative_macs(self, candidate: Candidate) -> float:
-        ranking = self.rankings.get(candidate.ranking)
-        if ranking is None or ranking.kind != "channels":
-            return 1.0
-        return self.structure.cost(candidate.counts).macs / self._dense_macs
 
     def _key(self, kind: str, what: Mapping[str, Any]) -> str:
         info = self.info
@@ -290,7 +297,12 @@ class LedgerExecutor(ABC):
         return trials, missing
 
     def _record(
-        self, key: str, candidate: Candidate, results: Sequence[UnitResult], dfe: float
+        self,
+        key: str,
+        candidate: Candidate,
+        results: Sequence[UnitResult],
+        dfe: float,
+        split: Split | None = None,
     ) -> Trial:
         failure = next((r.failure for r in results if r.failure is not None), None)
         shards = () if failure is not None else tuple(s for r in results for s in r.shards)
@@ -310,6 +322,7 @@ class LedgerExecutor(ABC):
             if candidate.training is not None
             else "evaluation",
             "candidate": candidate.key(),
+            "split": split,
             "shards": [[s.count, s.score, s.loss] for s in shards],
             "failure": failure,
             "weights": trial.weights,
@@ -323,5 +336,5 @@ class LedgerExecutor(ABC):
         if self.ledger is None:
             self._memory[key] = record
         else:
-            self.ledger.put({key: record})
+            self.ledger.append({key: record})
         return trial

@@ -21,6 +21,9 @@ __all__ = ["Ledger", "read_ledger"]
 
 Record = dict[str, Any]
 
+COMMIT_SECONDS = 1.0
+"""Longest that a finished unit waits for its fsync while others come in; a group shares one."""
+
 
 def _records(path: Path) -> Iterator[tuple[Record, int]]:
     """Each whole record of a part, and the offset at which it ends."""
@@ -76,6 +79,7 @@ class Ledger:
                         f"ledger {self.path} is being written by another process"
                     ) from error
                 time.sleep(0.1)
+        self._pending, self._committed = False, time.monotonic()
         self._file.truncate(max((end for _, end in _records(self.path)), default=0))
         self._known: dict[str, Record] = {
             record["key"]: record for record in read_ledger(self.folder)
@@ -87,6 +91,15 @@ class Ledger:
 
     def put(self, records: Mapping[str, Mapping[str, Any]]) -> None:
         """Appends records by key and returns when they are on disk: one fsync for all."""
+        self.append(records)
+        self.commit()
+
+    def append(self, records: Mapping[str, Mapping[str, Any]]) -> None:
+        """Appends records by key.
+
+        They outlive this process at once, and the machine after the next `commit`, or the next
+        `append` that comes `COMMIT_SECONDS` after the last.
+        """
         lines = []
         for key, record in records.items():
             whole = {"key": key, **record}
@@ -94,10 +107,20 @@ class Ledger:
             self._known[key] = whole
         self._file.write(b"".join(lines))
         self._file.flush()
-        os.fsync(self._file.fileno())
+        self._pending = True
+        if time.monotonic() - self._committed > COMMIT_SECONDS:
+            self.commit()
+
+    def commit(self) -> None:
+        """Returns when all that was appended is on disk."""
+        if self._pending:
+            os.fsync(self._file.fileno())
+            self._pending = False
+        self._committed = time.monotonic()
 
     def close(self) -> None:
         """Releases the part."""
+        self.commit()
         self._file.close()
 
     def __enter__(self) -> Ledger:

@@ -44,7 +44,7 @@ class LocalExecutor(LedgerExecutor):
         progress: Progress | None = None,
     ) -> None:
         settings = evaluation if evaluation is not None else Evaluation()
-        super().__init__(structure, settings, ledger, progress)
+        super().__init__(structure, store, settings, ledger, progress)
         self.host = ModelHost(task, structure, store, settings, device)
         self._info = self.host.info()
 
@@ -65,8 +65,7 @@ class LocalExecutor(LedgerExecutor):
     def _publish(self, ranking: Ranking) -> None:
         self.host.publish(ranking)
 
-    def share(self, digest: str, weights: Weights) -> None:
-        """Gives the host weights that it would otherwise read from the store."""
+    def _share(self, digest: str, weights: Weights) -> None:
         self.host.share(digest, weights)
 
     def latency(

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +54,14 @@ class TrainingRun:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingMethod(ABC):
-    """Base of all methods: a frozen dataclass of plain fields, at a module's top level."""
+    """Base of all methods: a frozen dataclass of plain fields, at a module's top level.
+
+    Attributes:
+        dense_passes: Forward passes of the dense model in each step, beside the training's own;
+            for the search's cost.
+    """
+
+    dense_passes: ClassVar[float] = 0.0
 
     @abstractmethod
     def around(self, run: TrainingRun) -> AbstractContextManager[None]:

@@ -108,5 +108,11 @@ class WeightStore:
         state = {name: t for name, t in tensors.items() if not name.startswith(_EXTRA)}
         return Weights(state, {name: tuple(indices) for name, indices in kept.items()}, extra)
 
+    def kept_counts(self, digest: str) -> dict[str, int]:
+        """Number of kept channels by group; reads no tensor. Empty for dense shapes."""
+        with safe_open(self.path(digest), framework="pt") as file:
+            kept = json.loads((file.metadata() or {}).get("kept", "{}"))
+        return {name: len(indices) for name, indices in kept.items()}
+
     def __contains__(self, digest: str) -> bool:
         return self.path(digest).exists()

@@ -11,7 +11,7 @@ from raycompress.budget import Allocator, Budget
 from raycompress.criteria import L1
 from raycompress.errors import BudgetError, ConfigError, EvaluationError
 from raycompress.identity import structure_digest
-from raycompress.ledger import Ledger
+from raycompress.ledger import Ledger, read_ledger
 from raycompress.local import LocalExecutor
 from raycompress.pruning import L1Filter, Level, SimulatedAnnealing
 from raycompress.search import Candidate, Ranking, Training, run_search
@@ -191,3 +191,20 @@ def test_counts_of_another_structure_are_another_question(tmp_path):
         assert not first.evaluate([dense])[0].replayed
         assert not second.evaluate([dense])[0].replayed
         assert first.evaluate([dense])[0].replayed
+
+
+def test_units_of_one_step_share_an_fsync_that_comes_before_the_answer(tmp_path, monkeypatch):
+    problem, executor = toy_problem(str(tmp_path / "w"))
+    synced = []
+    monkeypatch.setattr("raycompress.ledger.os.fsync", lambda handle: synced.append(handle))
+    with Ledger(tmp_path / "ledger", "a") as ledger:
+        executor.ledger = ledger
+        for step in range(2):
+            asked = [Candidate(problem.weights, recalibrate=9 * step + i) for i in range(9)]
+            executor.evaluate(asked)
+            assert len(synced) == step + 1  # less than a second's work each
+        assert len(read_ledger(tmp_path / "ledger")) == 18
+        monkeypatch.setattr("raycompress.ledger.COMMIT_SECONDS", 0.0)
+        executor.evaluate([Candidate(problem.weights, recalibrate=30 + i) for i in range(3)])
+        assert len(synced) == 5  # what takes longer isn't left unsafe meanwhile
+    executor.evaluate([Candidate(problem.weights, recalibrate=1)])  # known: nothing to write

@@ -55,6 +55,7 @@ class Taylor(Criterion):
     batches: int = 0
 
     needs_data: ClassVar[bool] = True
+    passes: ClassVar[float] = 3.0
     normalised: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

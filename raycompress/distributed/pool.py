@@ -26,7 +26,7 @@ from raycompress.structure.latency.measure import LatencyRow
 from raycompress.structure.latency.table import LatencyTable
 from raycompress.task import Progress
 from raycompress.units import HostInfo, Unit, UnitResult
-from raycompress.weights import Weights
+from raycompress.weights import Weights, WeightStore
 
 __all__ = ["ReplicaPool"]
 
@@ -73,7 +73,7 @@ class ReplicaPool(LedgerExecutor):
         cluster = cluster if cluster is not None else ClusterConfig()
         shared = spec.share() if isinstance(spec, PoolSpec) else spec
         structure = spec.structure if isinstance(spec, PoolSpec) else ray.get(shared.structure)
-        super().__init__(structure, shared.evaluation, ledger, progress)
+        super().__init__(structure, WeightStore(shared.store), shared.evaluation, ledger, progress)
         self.cluster = cluster
         self.num_lost = 0
         self._shared = shared
@@ -107,8 +107,8 @@ class ReplicaPool(LedgerExecutor):
         """Handles of the replicas' actors, as they are now."""
         return [slot.actor for slot in self._slots]
 
-    def share(self, digest: str, weights: Weights) -> None:
-        """Puts weights into the object store once, for all replicas and their replacements."""
+    def _share(self, digest: str, weights: Weights) -> None:
+        # Into the object store once, for all replicas and their replacements.
         self._broadcast(ray.put(PackedWeights.pack(digest, weights)))
 
     def latency(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,8 @@ class Distillation(TrainingMethod):
     weight: float = 0.9
     features: tuple[str, ...] = ()
     feature_weight: float = 1.0
+
+    dense_passes: ClassVar[float] = 1.0
 
     @contextmanager
     def around(self, run: TrainingRun) -> Iterator[None]:
