@@ -8,9 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = [
+    "ActivationRounding",
+    "GradientRounding",
+    "WeightRounding",
     "binarize_by_mean",
     "quantize_activation",
     "quantize_gradient",
@@ -124,3 +127,45 @@ def quantize_gradient(gradient: Tensor, bits: int, noise: Tensor) -> Tensor:
     levels = torch.round(((g / span + 0.5) * steps + noise).clamp(0, steps)) / steps
     quantized: Tensor = (levels - 0.5) * span * (largest > 0)
     return quantized.to(gradient.dtype)
+
+
+class WeightRounding(nn.Module):
+    """`quantize_weight` as a module.
+
+    Args:
+        bits: 1 to 8.
+    """
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        self.bits = bits
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Weights of one layer, of the same shape."""
+        return quantize_weight(weight, self.bits)
+
+    def extra_repr(self) -> str:
+        """For `print(model)`."""
+        return f"bits={self.bits}"
+
+
+class ActivationRounding(WeightRounding):
+    """`quantize_activation` as a module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Activations of any shape, of the same shape."""
+        return quantize_activation(x, self.bits)
+
+
+class GradientRounding(WeightRounding):
+    """Lets a layer's output through, and quantizes its gradient, in training alone.
+
+    The noise comes from torch's generator, as dropout's does: a training loop seeds both.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns x itself."""
+        if not self.training:
+            return x
+        same: Tensor = _Gradient.apply(x, self.bits)  # type: ignore[no-untyped-call]
+        return same

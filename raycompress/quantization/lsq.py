@@ -6,9 +6,9 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["first_step_size", "quantize_with_step"]
+__all__ = ["LearnedStep", "first_step_size", "quantize_with_step"]
 
 
 class _LSQ(torch.autograd.Function):
@@ -54,3 +54,53 @@ def first_step_size(v: Tensor, high: int) -> Tensor:
     """2 mean|v| / sqrt(Q_P) (section 2.1), and 1 where all v are 0; a scalar."""
     mean = v.detach().float().abs().mean()
     return torch.where(mean > 0, 2 * mean / math.sqrt(high), torch.ones_like(mean))
+
+
+class LearnedStep(nn.Module):
+    """Quantizes by a step size that is a parameter; the first batch in training sets it.
+
+    Until then nothing is quantized. That batch also tells whether the integers have a sign.
+
+    Args:
+        bits: 2 to 8. One bit with a sign has no positive integer.
+        weight: Start with these weights, and count them; None: for activations.
+    """
+
+    limits: Tensor
+
+    def __init__(self, bits: int, weight: Tensor | None = None) -> None:
+        super().__init__()
+        self.bits = bits
+        self.count = None if weight is None else weight.numel()
+        device = None if weight is None else weight.device
+        self.step = nn.Parameter(torch.ones((), device=device))
+        # The integers' range, 0 and 0 before it is known: as a buffer for state dicts, and as
+        # numbers for what is traced.
+        self.register_buffer("limits", torch.zeros(2, dtype=torch.int32, device=device))
+        self.low = self.high = 0
+        if weight is not None:
+            self._start(weight, signed=True)
+
+    def forward(self, v: Tensor) -> Tensor:
+        """Weights, or activations of shape (n, ...)."""
+        if not self.high:
+            if not self.training:
+                return v
+            self._start(v, signed=bool((v < 0).any()))
+        count = v[0].numel() if self.count is None else self.count
+        return quantize_with_step(v, self.step, self.low, self.high, count)
+
+    def _start(self, v: Tensor, signed: bool) -> None:
+        half = 2 ** (self.bits - 1)
+        self.low, self.high = (-half, half - 1) if signed else (0, 2 * half - 1)
+        with torch.no_grad():
+            self.limits.copy_(torch.tensor([self.low, self.high]))
+            self.step.copy_(first_step_size(v, self.high))
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.low, self.high = (int(limit) for limit in self.limits)
+
+    def extra_repr(self) -> str:
+        """For `print(model)`."""
+        return f"bits={self.bits}"

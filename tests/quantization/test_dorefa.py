@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raycompress.quantization.dorefa import (
+    GradientRounding,
     binarize_by_mean,
     quantize_activation,
     quantize_gradient,
@@ -123,3 +124,18 @@ def test_each_example_has_its_own_maximum():
     gradient = torch.tensor([[[1.0, 0.2]], [[100.0, 3.0]]])
     out = quantize_gradient(gradient, 8, torch.zeros_like(gradient))
     assert out[0, 0, 1].item() == pytest.approx(0.2, abs=2 / 255)
+
+
+def test_gradients_are_quantized_in_training_alone():
+    layer = GradientRounding(2)
+    upstream = torch.tensor([[1.0, 0.3, -0.2, 0.7]])
+    grads = {}
+    for mode in (True, False):
+        x = torch.zeros(1, 4, requires_grad=True)
+        out = layer.train(mode)(x)
+        out.backward(upstream)
+        grads[mode] = x.grad
+    assert torch.equal(grads[False], upstream)
+    levels = torch.tensor([-1, -1 / 3, 1 / 3, 1])
+    assert (grads[True].T - levels).abs().min(dim=1).values.max() < 1e-6
+    assert not torch.equal(grads[True], upstream)

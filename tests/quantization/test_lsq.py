@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from raycompress.quantization.lsq import first_step_size, quantize_with_step
+from raycompress.quantization.lsq import LearnedStep, first_step_size, quantize_with_step
 
 
 def test_values_by_hand():
@@ -63,3 +63,35 @@ def test_half_precision_inputs_get_a_float32_step_gradient():
     out.sum().backward()
     assert v.grad.dtype is torch.bfloat16
     assert step.grad.dtype is torch.float32
+
+
+def test_the_first_batch_in_training_sets_step_and_sign():
+    layer = LearnedStep(4)
+    before = {k: v.clone() for k, v in layer.state_dict().items()}
+    x = torch.tensor([[0.0, 1.0], [2.0, 5.0]])
+    assert torch.equal(layer.eval()(x), x)  # nothing known, nothing quantized
+    assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
+    layer.train()(x)
+    assert (layer.low, layer.high) == (0, 15)
+    assert layer.step.item() == pytest.approx(4 / math.sqrt(15))
+    layer(torch.tensor([[-100.0, 100.0]]))
+    assert layer.step.item() == pytest.approx(4 / math.sqrt(15)) and layer.low == 0
+    other = LearnedStep(4).train()
+    other(-x)
+    assert (other.low, other.high) == (-8, 7)
+
+
+def test_state_dicts_bring_the_range_along():
+    trained = LearnedStep(3).train()
+    x = torch.rand(4, 6)
+    out = trained(x)
+    fresh = LearnedStep(3)
+    fresh.load_state_dict(trained.state_dict())
+    assert torch.equal(fresh.eval()(x), out)
+
+
+def test_weights_start_at_once_and_are_counted_as_a_layer():
+    w = torch.tensor([[-1.0, 2.0], [3.0, -4.0]])
+    layer = LearnedStep(3, w)
+    assert layer.count == 4 and (layer.low, layer.high) == (-4, 3)
+    assert layer.step.item() == pytest.approx(2 * 2.5 / math.sqrt(3))
