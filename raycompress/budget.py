@@ -108,7 +108,13 @@ class Budget:
             dense: Of the dense model.
             latency_ms: Of both, in this order; needed where latency is limited.
         """
-        return max(
+        return max(self.ratios(cost, dense, latency_ms))
+
+    def ratios(
+        self, cost: Cost, dense: Cost, latency_ms: tuple[float, float] | None = None
+    ) -> tuple[float, ...]:
+        """For each limit, what is used of it; arguments as of `excess`."""
+        return tuple(
             used / max(limit.absolute(whole), 1e-9)
             for limit, used, whole in self._amounts(cost, dense, latency_ms)
         )
@@ -225,7 +231,11 @@ class Allocator:
 
     def excess(self, counts: Mapping[str, int]) -> float:
         """The largest ratio of a resource to its limit; at most 1 if the budget is met."""
-        return self.budget.excess(self.structure.cost(counts), self.dense, self._ms(counts))
+        return max(self.ratios(counts))
+
+    def ratios(self, counts: Mapping[str, int]) -> tuple[float, ...]:
+        """For each of the budget's limits, what is used of it."""
+        return self.budget.ratios(self.structure.cost(counts), self.dense, self._ms(counts))
 
     def sizes(self, group: str) -> range:
         """Kept counts that a group may have, the most that it may have left out."""
@@ -267,6 +277,11 @@ class Allocator:
         if not low and not self.meets(counts):  # more channels than the fewest take less time
             counts = self._base
         return self._fill(counts, lambda g: fractions[g.name] * high)
+
+    def fill(self, counts: dict[str, int]) -> dict[str, int]:
+        """Gives out what an allocation leaves of the budget, channel by channel."""
+        whole = {g.name: counts[g.name] / g.num_channels for g in self.groups}
+        return self._fill(counts, lambda g: whole[g.name])
 
     def _fill(
         self, counts: dict[str, int], share: Callable[[ChannelGroup], float]

@@ -23,9 +23,9 @@ from raycompress.ledger import Ledger, read_ledger
 from raycompress.local import LocalExecutor
 from raycompress.plan import Plan, TrialPlan, check_trial
 from raycompress.progress import Progress
-from raycompress.pruning.pruner import Problem
+from raycompress.pruning.pruner import Problem, Pruner
 from raycompress.results import Curve, FrozenLayer, JobResult, TrialResult
-from raycompress.search import Candidate, Training
+from raycompress.search import Candidate, Training, run_search
 from raycompress.structure.latency.table import LatencyTable
 from raycompress.trial import Shared, failed_trial, finished, metrics_of, point_of, run_trial
 from raycompress.weights import Weights, WeightStore
@@ -133,6 +133,7 @@ def run_job(
         weights = _dense_weights(job, pool)
         curves = _sensitivity(job, pool, weights)
         table = _latency_table(job, pool)
+        _shared(job, pool, weights)
         dfe = pool.dfe
     found = _compress(job, weights, table, report)
     with job.pool() as pool:
@@ -225,6 +226,29 @@ def _latency_table(job: _Job, pool: LedgerExecutor) -> LatencyTable | None:
     for trial in asking:
         check_trial(plan, trial, table)
     return table
+
+
+def _shared(job: _Job, pool: LedgerExecutor, weights: str) -> None:
+    """What pruners ask for whatever their budget and seed: once, for all trials."""
+    plan = job.plan
+    asked: list[Pruner] = []
+    for trial in plan.trials:
+        if trial.pruner in asked or type(trial.pruner).shared is Pruner.shared:
+            continue
+        asked.append(trial.pruner)
+        job.progress.stage(f"Probe the model for {type(trial.pruner).__name__}")
+        problem = Problem(
+            model=plan.model,
+            structure=plan.structure,
+            weights=weights,
+            executor=pool,
+            store=job.store,
+            targets=plan.config.targets,
+        )
+        try:
+            run_search(trial.pruner.shared(problem), pool)
+        except EvaluationError as error:  # its trials will meet it; the others are sound
+            job.progress.message(f"probing for {type(trial.pruner).__name__} failed: {error}")
 
 
 def _table_note(table: LatencyTable) -> str:

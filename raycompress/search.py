@@ -31,6 +31,7 @@ __all__ = [
     "Asked",
     "Candidate",
     "Executor",
+    "Probes",
     "Race",
     "Ranking",
     "Search",
@@ -224,6 +225,7 @@ class Trial:
         dfe: Cost in dense-forward equivalents.
         replayed: The ledger answered; nothing was evaluated.
         dropped: It lost a race before all shards were looked at; `shards` are those that were.
+        probe: It was asked for as one of `Probes`.
     """
 
     candidate: Candidate
@@ -234,6 +236,7 @@ class Trial:
     dfe: float = 0.0
     replayed: bool = False
     dropped: bool = False
+    probe: bool = False
 
     @property
     def judged(self) -> bool:
@@ -361,7 +364,18 @@ def _joined(before: Trial, answer: Trial, *, first: bool) -> Trial:
     )
 
 
-Asked = Sequence[Candidate] | Race
+@dataclass(frozen=True)
+class Probes:
+    """Candidates that a search yields to learn from, none of which is an answer.
+
+    Attributes:
+        candidates: In the order of the answer.
+    """
+
+    candidates: tuple[Candidate, ...]
+
+
+Asked = Sequence[Candidate] | Probes | Race
 """What a search yields."""
 
 Search = Generator[Asked, list[Trial], Candidate]
@@ -384,7 +398,11 @@ class Executor(Protocol):
 
 def answer(asked: Asked, executor: Executor) -> list[Trial]:
     """Answers one step of a search."""
-    return asked.run(executor) if isinstance(asked, Race) else executor.evaluate(asked)
+    if isinstance(asked, Race):
+        return asked.run(executor)
+    if isinstance(asked, Probes):
+        return [replace(trial, probe=True) for trial in executor.evaluate(asked.candidates)]
+    return executor.evaluate(asked)
 
 
 def run_search(

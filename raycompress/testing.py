@@ -150,7 +150,7 @@ class PrunerContract:
         if problem.budget is None or executor.rankings[winner.ranking].kind != "channels":
             return
         dense = problem.structure.cost()
-        pruned = [trial.candidate for trial in trials if trial.candidate.kept]
+        pruned = [t.candidate for t in trials if t.candidate.kept and not t.probe]
         before = [] if self.gradual else pruned
         for candidate in [winner, *before]:
             cost = problem.structure.cost(candidate.counts)

@@ -163,20 +163,28 @@ def run_trial(
                 paid = charged.get(trial.candidate, 0.0)
                 charged[trial.candidate] = max(trial.dfe, paid)
                 spent += charged[trial.candidate] - paid
-            # Statistics and looks at the dense model cost, and are no steps of the search.
-            own = [t for t in trials if t.candidate.kept or t.candidate.training is not None]
+            # Statistics, probes and looks at the dense model cost, and are no steps of the search.
+            own = [
+                t
+                for t in trials
+                if not t.probe and (t.candidate.kept or t.candidate.training is not None)
+            ]
             alive = [trial for trial in own if trial.judged]
-            if not alive:
+            if alive:
+                best = min(alive, key=lambda trial: trial.loss)
+                score, loss = best.score, best.loss
+            elif curve and any(trial.dropped for trial in own):  # the incumbent beat them all
+                score, loss = curve[-1]["best_score"], curve[-1]["best_loss"]
+            else:
                 return
-            best = min(alive, key=lambda trial: trial.loss)
             step = len(curve)
             curve.append(
                 {
                     "step": step,
-                    "score": best.score,
-                    "loss": best.loss,
-                    "best_score": max([best.score, *(c["best_score"] for c in curve[-1:])]),
-                    "best_loss": min([best.loss, *(c["best_loss"] for c in curve[-1:])]),
+                    "score": score,
+                    "loss": loss,
+                    "best_score": max([score, *(c["best_score"] for c in curve[-1:])]),
+                    "best_loss": min([loss, *(c["best_loss"] for c in curve[-1:])]),
                     "dfe": spent,
                     "failed": sum(trial.failure is not None for trial in own),
                     "figures": dict(figures),

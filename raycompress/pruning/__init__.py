@@ -4,6 +4,7 @@ from raycompress.pruning.admm import ADMM
 from raycompress.pruning.agp import AGP
 from raycompress.pruning.auto_compress import AutoCompress
 from raycompress.pruning.controls import FromScratch, RandomFilter
+from raycompress.pruning.curve_solver import CurveSolver
 from raycompress.pruning.filters import ActivationAPoZRank, ActivationMeanRank, TaylorFO
 from raycompress.pruning.fine_grained import LAMP, FineGrained, Level, Wanda
 from raycompress.pruning.fixed_allocation import FixedAllocation
@@ -27,6 +28,7 @@ __all__ = [
     "ActivationAPoZRank",
     "ActivationMeanRank",
     "AutoCompress",
+    "CurveSolver",
     "FineGrained",
     "FixedAllocation",
     "FromScratch",

@@ -19,7 +19,16 @@ from raycompress.errors import ConfigError, EvaluationError, TaskError
 from raycompress.local import LocalExecutor
 from raycompress.masks import Masks, prune_order
 from raycompress.pruning.tied import own_weights
-from raycompress.search import Candidate, Executor, Ranking, Search, Training, Trial, run_search
+from raycompress.search import (
+    Asked,
+    Candidate,
+    Executor,
+    Ranking,
+    Search,
+    Training,
+    Trial,
+    run_search,
+)
 from raycompress.structure import Structure, analyze, expand
 from raycompress.targets import (
     Choice,
@@ -181,6 +190,13 @@ class Pruner(ABC):
     @abstractmethod
     def search(self, problem: Problem) -> Search:
         """A generator: yields candidates, is sent their trials, returns the winner."""
+
+    def shared(self, problem: Problem) -> Generator[Asked, list[Trial], Any]:
+        """What the search asks for whatever its budget and seed.
+
+        A job asks it once, before its trials; their searches then get the answers from the ledger.
+        """
+        yield from ()
 
     def check(self, problem: Problem) -> None:
         """Raises an InputError if this problem can't be solved; called before anything starts.

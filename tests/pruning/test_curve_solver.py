@@ -1,0 +1,166 @@
+"""The curve solver: its curves, its solution against brute force, its search."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from dataclasses import replace
+from typing import ClassVar
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.isotonic import IsotonicRegression
+
+import raycompress
+from raycompress.budget import Allocator
+from raycompress.errors import BudgetError, ConfigError
+from raycompress.ledger import read_ledger
+from raycompress.pruning import CurveSolver
+from raycompress.pruning.curve_solver import Curves, falling
+from raycompress.search import Probes, Race, Ranking, run_search
+from raycompress.testing import PrunerContract, toy_problem
+
+
+class TestContract(PrunerContract):
+    pruner = CurveSolver(iterations=2, neighbours=2, probes=(0.5, 0.2))
+    budget: ClassVar = {"macs": "50%"}
+
+
+class TestContractWithoutData(PrunerContract):
+    pruner = CurveSolver(iterations=0, reconstruct=0, recalibrate=1, criterion="taylor")
+    budget: ClassVar = {"params": "30%"}
+
+
+@given(st.lists(st.floats(0, 10), min_size=1, max_size=8))
+def test_falling_is_isotonic_regression(values):
+    fitted = IsotonicRegression(increasing=False).fit_transform(range(len(values)), values)
+    assert falling(values) == pytest.approx(fitted, abs=1e-9)
+
+
+def _curves(widths, losses):
+    return Curves(Ranking("channels", {}), 0.5, {"g": widths}, {"g": losses})
+
+
+def test_curves_pass_through_the_probes_and_stay_monotone():
+    curves = _curves((2, 5, 8), (4.0, 1.0, 0.0))
+    assert curves.at("g", [2, 5, 8]).tolist() == [4.0, 1.0, 0.0]
+    values = curves.at("g", range(9))
+    assert (np.diff(values) <= 0).all()
+    assert values[0] == 6.0  # the slope of the two narrowest probes goes on: 4 + 2 * 1
+
+
+def test_a_group_that_was_never_probed_costs_nothing():
+    assert _curves((8,), (0.0,)).at("g", [1, 8]).tolist() == [0.0, 0.0]
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 1000), percent=st.integers(25, 90))
+def test_solution_is_brute_force(seed, percent):
+    """On the toy net every allocation can be tried; curves are random."""
+    with tempfile.TemporaryDirectory() as folder:
+        problem, _ = toy_problem(folder, {"macs": f"{percent}%"})
+    groups = problem.groups()
+    rng = np.random.default_rng(seed)
+    widths, losses = {}, {}
+    for name in groups:
+        num = problem.structure.group(name).num_channels
+        widths[name] = (max(num // 4, 1), max(num // 2, 2), num)
+        losses[name] = (*np.sort(rng.exponential(1.0, 2))[::-1].tolist(), 0.0)
+    curves = Curves(Ranking("channels", {}), 0.0, widths, losses)
+    fitter = Allocator(problem.structure, tuple(groups), problem.budget)
+    counts = CurveSolver().solution(fitter, curves)
+    assert fitter.meets(counts)
+    sizes = {g.name: [*fitter.sizes(g.name), g.num_channels] for g in fitter.groups}
+    tables = {
+        name: dict(zip(each, curves.at(name, each), strict=True)) for name, each in sizes.items()
+    }
+    best = min(
+        sum(tables[name][count] for name, count in zip(sizes, choice, strict=True))
+        for choice in itertools.product(*sizes.values())
+        if fitter.meets(dict(zip(sizes, choice, strict=True)))
+    )
+    assert sum(tables[name][count] for name, count in counts.items()) == pytest.approx(
+        best, abs=1e-5 * max(sum(map(max, losses.values())), 1)
+    )
+
+
+def test_steps_are_probes_then_races():
+    with tempfile.TemporaryDirectory() as folder:
+        problem, executor = toy_problem(folder, {"macs": "50%"})
+        pruner = CurveSolver(iterations=1, neighbours=2, probes=(0.5,), share=0.5)
+        search = pruner.search(problem)
+        probes = next(search)
+        assert isinstance(probes, Probes)
+        dense, *each = probes.candidates
+        assert not dense.kept and all(len(c.kept) == 1 for c in each)
+        assert len(each) == len(problem.groups())
+        shards = executor.num_shards
+        assert {c.shards for c in probes.candidates} == {(0, shards // 2)}
+        trials = executor.evaluate(list(probes.candidates))
+        race = search.send(trials)
+        assert isinstance(race, Race) and race.incumbent is None
+        assert all(
+            problem.budget.excess(problem.structure.cost(c.counts), problem.structure.cost()) <= 1
+            for c in race.candidates
+        )
+
+
+@pytest.mark.parametrize("percent", [50, 20, 10, 5])
+def test_better_or_equal_to_uniform_at_any_budget(percent):
+    with tempfile.TemporaryDirectory() as folder:
+        problem, executor = toy_problem(folder, {"macs": f"{percent}%"})
+        pruner = CurveSolver(iterations=0, share=1.0)
+        try:
+            winner = run_search(pruner.search(problem), executor)
+        except BudgetError:
+            assert percent == 5
+            return
+        fitter = Allocator(problem.structure, tuple(problem.groups()), problem.budget)
+        uniform = fitter.fit(dict.fromkeys(problem.groups(), 1.0))
+        other = replace(winner, kept=tuple(sorted(uniform.items())))
+        mine, theirs = executor.evaluate([winner, other])
+        assert fitter.meets(winner.counts)
+        assert mine.loss <= theirs.loss
+
+
+def test_probes_are_shared_by_all_budgets_of_a_job(tmp_path):
+    job = {
+        "name": "curves",
+        "task": "raycompress.testing:ToyTask",
+        "pruners": [{"type": "CurveSolver", "iterations": 1, "neighbours": 2}],
+        "budgets": [{"macs": "60%"}, {"macs": "40%"}],
+        "cluster": {"executor": "local"},
+        "tracking": {"uri": "none"},
+        "latency": {"batch_sizes": [1], "repeats": 2},
+        "output": str(tmp_path),
+    }
+    result = raycompress.run(job)
+    probes = [
+        record
+        for record in read_ledger(tmp_path / "ledger")
+        if record["kind"] == "evaluation" and record["candidate"].get("shards") == [0, 1]
+    ]
+    keys = [record["key"] for record in probes]
+    assert len(keys) == len(set(keys)) > len(result.trials)
+    first, second = result.trials
+    assert all(trial.replayed >= len(keys) for trial in (first, second))
+    # The curve of a search speaks of models within the budget alone, not of its probes.
+    assert len(first.curve) == 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"probes": ()}, r"CurveSolver.probes must be fractions in \(0, 1\), got \[\]"),
+        ({"probes": (1.0,)}, r"CurveSolver.probes must be fractions in \(0, 1\), got \[1.0\]"),
+        ({"iterations": -1}, "CurveSolver.iterations must be at least 0, got -1"),
+        ({"share": 0.0}, r"CurveSolver.share must be in \(0, 1\], got 0"),
+        ({"objective": "x"}, "CurveSolver.objective must be 'loss' or 'score', got 'x'"),
+        ({"perturbation": 0.0}, r"CurveSolver.perturbation must be in \(0, 1\], got 0"),
+    ],
+)
+def test_bad_fields(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        CurveSolver(**fields)
