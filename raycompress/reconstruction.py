@@ -27,7 +27,15 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from raycompress.structure import Structure
 from raycompress.structure.model import Kept
 
-__all__ = ["LayerError", "Reconstruction", "lost_inputs", "reconstruct", "solve"]
+__all__ = [
+    "LayerError",
+    "Reconstruction",
+    "lost_inputs",
+    "reconstruct",
+    "solve",
+    "unfit",
+    "windows",
+]
 
 MAX_ROWS = 4096
 """Rows taken from each batch, drawn without replacement: more cost time and change little."""
@@ -96,7 +104,7 @@ def reconstruct(
     pruned_modules, dense_modules = dict(pruned.named_modules()), dict(dense.named_modules())
     for name, calls in order.items():
         module = pruned_modules[name]
-        reason = _unfit(module)
+        reason = unfit(module)
         if reason:
             report.append(LayerError(name, skipped=reason))
             continue
@@ -226,7 +234,8 @@ def _error(sums: _Sums, matrix: Tensor) -> float:
     return max(float(value) + sums.square, 0.0) / max(sums.square, 1e-300)
 
 
-def _unfit(module: nn.Module) -> str:
+def unfit(module: nn.Module) -> str:
+    """Why a layer can't be reconstructed; "" if it can."""
     if isinstance(module, nn.Linear):
         return ""
     if not isinstance(module, _ConvNd):
@@ -236,10 +245,13 @@ def _unfit(module: nn.Module) -> str:
     return "" if module.groups == 1 else "a grouped convolution"
 
 
-def _rows(module: nn.Module, x: Tensor) -> Tensor:
-    """What a layer multiplies by its weights: shape (R, I)."""
+def windows(module: nn.Module, x: Tensor) -> Tensor:
+    """What each output of a layer looks at: (N, *positions, I), of a convolution (..., I, *kernel).
+
+    A view of the (padded) input: whoever takes some positions never holds all of them.
+    """
     if not isinstance(module, _ConvNd):
-        return x.flatten(0, -2)
+        return x
     dims = len(module.kernel_size)
     if x.dim() == dims + 1:
         x = x.unsqueeze(0)
@@ -256,8 +268,14 @@ def _rows(module: nn.Module, x: Tensor) -> Tensor:
         x = x.unfold(2 + d, reach, module.stride[d])[..., :: module.dilation[d]]
     positions = list(range(2, 2 + dims))
     kernel = list(range(2 + dims, 2 + 2 * dims))
-    x = x.permute(0, *positions, 1, *kernel)
-    return x.reshape(-1, module.weight[0].numel())
+    return x.permute(0, *positions, 1, *kernel)
+
+
+def _rows(module: nn.Module, x: Tensor) -> Tensor:
+    """What a layer multiplies by its weights: shape (R, I)."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return windows(module, x).reshape(-1, weight[0].numel())
 
 
 def _targets(module: nn.Module, y: Tensor) -> Tensor:

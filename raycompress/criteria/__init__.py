@@ -6,6 +6,7 @@ from raycompress.criteria.criterion import Criterion, channel_rows, parameter_na
 from raycompress.criteria.fpgm import GeometricMedian
 from raycompress.criteria.lamp import LAMP
 from raycompress.criteria.magnitude import L1, L2, Magnitude
+from raycompress.criteria.obs import OBS
 from raycompress.criteria.random import Random
 from raycompress.criteria.taylor import Taylor
 from raycompress.criteria.wanda import Wanda
@@ -18,6 +19,7 @@ __all__ = [
     "L1",
     "L2",
     "LAMP",
+    "OBS",
     "APoZ",
     "ActivationCriterion",
     "BNScale",
@@ -42,6 +44,7 @@ CRITERIA: dict[str, Criterion] = {
     "mean_activation": MeanActivation(),
     "taylor": Taylor(),
     "taylor_weight": Taylor(form="weight"),
+    "obs": OBS(),
     "bn_scale": BNScale(),
     "lamp": LAMP(),
     "wanda": Wanda(),
