@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["binarize"]
+from raycompress.errors import TaskError
+from raycompress.method import TrainingMethod, TrainingRun
+from raycompress.steps import after_step, stepped
+
+__all__ = ["ClipWeights", "SignInput", "SignWeight", "binarize"]
 
 
 class _Sign(torch.autograd.Function):
@@ -31,3 +38,74 @@ def binarize(x: Tensor) -> Tensor:
     """1 where x >= 0 and -1 elsewhere; its gradient is 1 where |x| <= 1 and 0 outside."""
     signs: Tensor = _Sign.apply(x)  # type: ignore[no-untyped-call]
     return signs
+
+
+class SignWeight(nn.Module):
+    """`binarize` for weights."""
+
+    bits = 1
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Weights of one layer, of the same shape."""
+        return binarize(weight)
+
+
+class SignInput(nn.Module):
+    """`binarize` for what a layer is given.
+
+    Attributes:
+        name: Of the layer, for the error.
+    """
+
+    bits = 1
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self._checked = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Activations of any shape, of the same shape.
+
+        Raises:
+            TaskError: The first batch in training has no negative number.
+        """
+        if self.training and not self._checked:
+            if bool((x >= 0).all()):
+                raise TaskError(
+                    f"the inputs of {self.name!r} are never negative, so all of their signs are 1: "
+                    "a binary network has a norm, or Hardtanh, before its layers where others "
+                    "have ReLU; change the model, or leave the layer out with "
+                    f"{{op_names: [{self.name}], exclude: true}}"
+                )
+            self._checked = True
+        return binarize(x)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipWeights(TrainingMethod):
+    """Brings weights back into [-1, 1] after every step (section 1.4, algorithm 1).
+
+    Beyond it their sign could no longer change by small steps.
+
+    Attributes:
+        parameters: Names of the binary layers' weights; norms and biases are not clipped.
+    """
+
+    parameters: tuple[str, ...]
+
+    @contextmanager
+    def around(self, run: TrainingRun) -> Iterator[None]:
+        """Clips at once, and after every step of an optimizer that holds them."""
+        weights = [run.model.get_parameter(name) for name in self.parameters]
+
+        def clip(optimizer: torch.optim.Optimizer | None = None) -> None:
+            now = None if optimizer is None else stepped(optimizer)
+            with torch.no_grad():
+                for weight in weights:
+                    if now is None or id(weight) in now:
+                        weight.clamp_(-1, 1)
+
+        clip()
+        with after_step(run.model, clip):
+            yield

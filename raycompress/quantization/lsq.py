@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["LearnedStep", "first_step_size", "quantize_with_step"]
+from raycompress.method import TrainingMethod, TrainingRun
+from raycompress.steps import after_step, before_step, stepped
+
+__all__ = ["LearnedStep", "StepSizes", "first_step_size", "quantize_with_step"]
 
 
 class _LSQ(torch.autograd.Function):
@@ -104,3 +110,49 @@ class LearnedStep(nn.Module):
     def extra_repr(self) -> str:
         """For `print(model)`."""
         return f"bits={self.bits}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSizes(TrainingMethod):
+    """Lets the task's own optimizer train the step sizes, without weight decay and above 0.
+
+    For the time of a step they are in a parameter group of their own, so that decay of any kind
+    passes them by while a scheduler sees the groups that it knows. And a step at most halves them:
+    one of plain gradient descent could make a small step size negative.
+
+    A step size is to follow the weights' learning rate; an optimizer that was made without it
+    doesn't train it.
+    """
+
+    @contextmanager
+    def around(self, run: TrainingRun) -> Iterator[None]:
+        """Acts around every step of an optimizer that holds a step size."""
+        layers = [m for m in run.model.modules() if isinstance(m, LearnedStep)]
+        steps = {id(layer.step): layer.step for layer in layers}
+        before: dict[int, Tensor] = {}
+        home: dict[int, list[list[Any]]] = {}
+
+        def take_out(optimizer: torch.optim.Optimizer) -> None:
+            own = [steps[key] for key in steps.keys() & stepped(optimizer)]
+            before.update({id(step): step.detach().clone() for step in own})
+            home[id(optimizer)] = [group["params"] for group in optimizer.param_groups]
+            apart = []
+            for group in optimizer.param_groups:
+                ours = [p for p in group["params"] if id(p) in steps]
+                group["params"] = [p for p in group["params"] if id(p) not in steps]
+                apart.append({**group, "params": ours, "weight_decay": 0.0})
+            optimizer.param_groups.extend(group for group in apart if group["params"])
+
+        def put_back(optimizer: torch.optim.Optimizer) -> None:
+            groups = home.pop(id(optimizer))
+            del optimizer.param_groups[len(groups) :]
+            for group, params in zip(optimizer.param_groups, groups, strict=True):
+                group["params"] = params
+            with torch.no_grad():
+                for key in steps.keys() & stepped(optimizer):
+                    steps[key].clamp_(min=before[key] / 2)
+
+        with ExitStack() as around:
+            around.enter_context(before_step(run.model, take_out))
+            around.enter_context(after_step(run.model, put_back))
+            yield

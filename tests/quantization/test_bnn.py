@@ -1,6 +1,14 @@
-import torch
+from typing import Any, cast
 
-from raycompress.quantization.bnn import binarize
+import pytest
+import torch
+from torch import nn
+
+from raycompress.errors import TaskError
+from raycompress.method import TrainingRun
+from raycompress.quantization.bnn import ClipWeights, SignInput, binarize
+from raycompress.structure import Structure
+from raycompress.task import Task
 
 
 def test_signs_of_zeros_are_one_and_nan_stays():
@@ -14,3 +22,50 @@ def test_the_gradient_is_zero_exactly_where_x_is_beyond_one():
     upstream = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
     binarize(x).backward(upstream)
     assert x.grad.tolist() == [0.0, 2.0, 3.0, 4.0, 5.0, 0.0]
+
+
+def _run(model: nn.Module) -> TrainingRun:
+    def none(digest: str) -> Any:
+        raise AssertionError(digest)
+
+    task, structure = cast(Task, None), cast(Structure, None)
+    return TrainingRun(model, task, structure, {}, torch.device("cpu"), none, none)
+
+
+def test_only_binary_weights_are_clipped_and_they_stay_real():
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.Linear(2, 2))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.linspace(-3, 3, parameter.numel()).view_as(parameter))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    others = [p for name, p in model.named_parameters() if name != "0.weight"]
+    with ClipWeights(parameters=("0.weight",)).around(_run(model)):
+        assert model[0].weight.abs().max() == 1  # already when training starts
+        for _ in range(2):
+            for parameter in model.parameters():
+                parameter.grad = torch.full_like(parameter, -0.25)
+            optimizer.step()
+            assert model[0].weight.abs().max() == 1
+    assert model[0].weight.flatten().tolist() == pytest.approx([-0.5, -0.5, -0.1, 1, 1, 1])
+    for parameter in others:
+        expected = torch.linspace(-3, 3, parameter.numel()).view_as(parameter) + 0.5
+        assert torch.allclose(parameter.detach(), expected)
+
+
+def test_inputs_without_a_negative_are_refused_with_what_to_do():
+    layer = SignInput("features.3")
+    assert layer.eval()(torch.ones(2)).tolist() == [1.0, 1.0]
+    with pytest.raises(TaskError, match=r"inputs of 'features.3' are never negative.*Hardtanh"):
+        layer.train()(torch.rand(4, 3))
+    layer(torch.tensor([1.0, -1.0]))
+    layer(torch.rand(4))  # one batch tells
+
+
+def test_flipping_all_weights_of_a_neuron_flips_what_comes_before_its_norm():
+    torch.manual_seed(0)
+    x, w = binarize(torch.randn(9, 30)), torch.randn(4, 30)
+    flipped = w.clone()
+    flipped[2] = -w[2]
+    out, other = x @ binarize(w).T, x @ binarize(flipped).T
+    assert torch.equal(other[:, 2], -out[:, 2])
+    assert torch.equal(other[:, [0, 1, 3]], out[:, [0, 1, 3]])

@@ -1,9 +1,19 @@
 import math
+from typing import Any, cast
 
 import pytest
 import torch
+from torch import nn
 
-from raycompress.quantization.lsq import LearnedStep, first_step_size, quantize_with_step
+from raycompress.method import TrainingRun
+from raycompress.quantization.lsq import (
+    LearnedStep,
+    StepSizes,
+    first_step_size,
+    quantize_with_step,
+)
+from raycompress.structure import Structure
+from raycompress.task import Task
 
 
 def test_values_by_hand():
@@ -95,3 +105,71 @@ def test_weights_start_at_once_and_are_counted_as_a_layer():
     layer = LearnedStep(3, w)
     assert layer.count == 4 and (layer.low, layer.high) == (-4, 3)
     assert layer.step.item() == pytest.approx(2 * 2.5 / math.sqrt(3))
+
+
+def _run(model: nn.Module) -> TrainingRun:
+    def none(digest: str) -> Any:
+        raise AssertionError(digest)
+
+    task, structure = cast(Task, None), cast(Structure, None)
+    return TrainingRun(model, task, structure, {}, torch.device("cpu"), none, none)
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([1.0, -2.0]))
+        self.quantizer = LearnedStep(4, self.weight)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
+def test_decay_passes_step_sizes_by(kind):
+    """With gradients of zero, decay alone moves a parameter."""
+    model = Two()
+    optimizer = kind(model.parameters(), lr=0.1, weight_decay=0.5)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+    start = model.quantizer.step.item()
+    with StepSizes().around(_run(model)):
+        for _ in range(3):
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()
+            schedule.step()
+    assert model.quantizer.step.item() == start
+    assert model.weight.abs().sum().item() < 2.999
+    assert len(optimizer.param_groups) == 1
+    assert [id(p) for p in optimizer.param_groups[0]["params"]] == [
+        id(p) for p in model.parameters()
+    ]
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()  # outside of the method decay is back, as a check of this test
+    assert model.quantizer.step.item() < start
+
+
+def test_step_sizes_learn_as_fast_as_their_group():
+    model = Two()
+    groups = [
+        {"params": [model.weight], "lr": 1.0},
+        {"params": [model.quantizer.step], "lr": 0.01, "weight_decay": 0.1},
+    ]
+    optimizer = torch.optim.SGD(groups, lr=1.0)
+    start = model.quantizer.step.item()
+    with StepSizes().around(_run(model)):
+        model.quantizer.step.grad = torch.tensor(2.0)
+        optimizer.step()
+    assert model.quantizer.step.item() == pytest.approx(start - 0.02)
+
+
+def test_step_sizes_stay_above_zero():
+    model = Two()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    start = model.quantizer.step.item()
+    with StepSizes().around(_run(model)):
+        for _ in range(2):
+            model.quantizer.step.grad = torch.tensor(1e6)
+            optimizer.step()
+    assert model.quantizer.step.item() == pytest.approx(start / 4)
+    model.quantizer.step.grad = torch.tensor(1e6)
+    optimizer.step()
+    assert model.quantizer.step.item() < 0  # what it would come to otherwise
