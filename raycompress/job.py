@@ -135,7 +135,8 @@ def run_job(
         table = _latency_table(job, pool)
         _shared(job, pool, weights)
         dfe = pool.dfe
-    found = _compress(job, weights, table, report)
+        facts = (pool.info.task, pool.info.data, pool.info.numeric_class)
+    found = _compress(job, weights, table, facts, report)
     with job.pool() as pool:
         progress.stage("Measure the dense model")
         dense = measure_dense(plan, pool, weights)
@@ -261,13 +262,17 @@ def _table_note(table: LatencyTable) -> str:
 
 
 def _compress(
-    job: _Job, weights: str, table: LatencyTable | None, report: OnReport
+    job: _Job,
+    weights: str,
+    table: LatencyTable | None,
+    facts: tuple[str, ...],
+    report: OnReport,
 ) -> dict[str, dict[str, Any]]:
     plan = job.plan
     if not plan.trials:
         return {}
     shared = Shared(
-        plan.config, plan.structure, weights, job.store.get(weights), plan.output, table
+        plan.config, plan.structure, weights, job.store.get(weights), plan.output, table, facts
     )
     payloads = [shared.payload(trial) for trial in plan.trials]
     done = {str(p["name"]): finished(shared, p) for p in payloads}

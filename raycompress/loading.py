@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pydantic
@@ -21,11 +23,13 @@ import pydantic
 from raycompress.budget import Budget
 from raycompress.config import JobConfig
 from raycompress.errors import ConfigError, InputError
+from raycompress.identity import sources_of
 from raycompress.importing import resolve
 from raycompress.pruning import Pruner
 from raycompress.schema import field_docs, json_schema, pruner_types
 from raycompress.search import digest_of
 from raycompress.source import Source, plain, to_yaml
+from raycompress.task import Task
 from raycompress.wording import KeyPath, describe, dotted, near, shown
 
 __all__ = [
@@ -98,7 +102,8 @@ def dump_job(config: JobConfig) -> str:
 def job_key(config: JobConfig) -> str:
     """Digest of everything in a job that determines its results.
 
-    Defaults count as if they were written out, so that they may be or not.
+    Defaults count as if they were written out, so that they may be or not; of a file of weights
+    its content counts, not its name, and of the user's own classes their source.
     """
     content = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_RESULTS}
     pruners = [build_pruner(entry, f"pruners[{i}]") for i, entry in enumerate(config.pruners)]
@@ -107,6 +112,11 @@ def job_key(config: JobConfig) -> str:
         for pruner in pruners
     ]
     content["budgets"] = [str(Budget.of(values)) for values in config.budgets]
+    if config.model.weights is not None:
+        with Path(config.model.weights).expanduser().open("rb") as file:
+            content["model"]["weights"] = hashlib.file_digest(file, "sha256").hexdigest()
+    resolve(config.task, Task)
+    content["sources"] = sources_of([config.task, *config.pruners])
     return digest_of(content)
 
 

@@ -22,7 +22,7 @@ from raycompress.budget import Budget
 from raycompress.config import JobConfig
 from raycompress.errors import EvaluationError
 from raycompress.executor import LedgerExecutor
-from raycompress.identity import structure_digest
+from raycompress.identity import sources_of, structure_digest
 from raycompress.importing import resolve
 from raycompress.ledger import Ledger
 from raycompress.loading import build_pruner
@@ -66,6 +66,8 @@ class Shared:
         weights: The dense weights.
         output: The job's output folder.
         latency: Prices latency budgets; None: no budget asks for it.
+        facts: What else results depend on, as the hosts know it: digests of the task and of its
+            data, and the numeric class.
     """
 
     config: JobConfig
@@ -74,6 +76,7 @@ class Shared:
     weights: Weights
     output: Path
     latency: LatencyTable | None = None
+    facts: tuple[str, ...] = ()
 
     def payload(self, trial: TrialPlan) -> dict[str, Any]:
         """What a trial's process needs, as plain data; its "key" is what the result depends on."""
@@ -97,6 +100,8 @@ class Shared:
                 "targets": targets,
                 "structure": structure_digest(self.structure),
                 "evaluation": evaluation,
+                "facts": list(self.facts),
+                "sources": sources_of(entry),
                 **priced,
             }
         )
