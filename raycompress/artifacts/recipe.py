@@ -20,7 +20,14 @@ import raycompress
 from raycompress.artifacts.export import Saved, first_line
 from raycompress.errors import ArtifactError
 
-__all__ = ["load_recipe", "save_recipe"]
+__all__ = [
+    "apply_recipe",
+    "load_recipe",
+    "read_recipe",
+    "save_recipe",
+    "to_recipe",
+    "write_recipe",
+]
 
 _FORMAT = 1
 _KEY = "raycompress"
@@ -40,6 +47,18 @@ def save_recipe(
         ArtifactError: the model is a graph, or a tensor of it can't be stored (sparse, "meta").
     """
     path = Path(path)
+    write_recipe(path, *to_recipe(path, model, kept=kept))
+    return Saved(path)
+
+
+def to_recipe(
+    path: Path, model: nn.Module, *, kept: Mapping[str, int] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a model by name, and what else a file of them says.
+
+    Raises:
+        ArtifactError: the model is a graph.
+    """
     if isinstance(model, GraphModule):
         raise ArtifactError(f"{path}: a graph has no class to be loaded onto: save it as .pt2")
     first: dict[int, str] = {}
@@ -51,7 +70,7 @@ def save_recipe(
         else:
             first[id(tensor)] = name
             tensors[name] = tensor.detach()
-    recipe = {
+    return tensors, {
         "format": _FORMAT,
         "raycompress": raycompress.__version__,
         "model": type(model).__name__,
@@ -61,6 +80,14 @@ def save_recipe(
         "numbers": {n: found for n, m in model.named_modules() if (found := dict(_numbers(m)))},
         "kept": {name: int(count) for name, count in (kept or {}).items()},
     }
+
+
+def write_recipe(path: Path, tensors: Mapping[str, Tensor], recipe: Mapping[str, Any]) -> None:
+    """Writes a recipe; the file appears whole or not at all.
+
+    Raises:
+        ArtifactError: a tensor can't be stored (sparse, "meta").
+    """
     partial = path.with_name(f"{path.name}.partial")
     try:
         # A copy: safetensors refuses tensors that are parts of one.
@@ -68,10 +95,9 @@ def save_recipe(
         save_file(whole, partial, metadata={_KEY: json.dumps(recipe)})
         os.replace(partial, path)
     except (ValueError, RuntimeError, NotImplementedError, KeyError) as error:
-        raise ArtifactError(f"{path}: {type(model).__name__}: {first_line(error)}") from error
+        raise ArtifactError(f"{path}: {recipe['model']}: {first_line(error)}") from error
     finally:
         partial.unlink(missing_ok=True)
-    return Saved(path)
 
 
 def load_recipe(path: str | Path, model: nn.Module) -> nn.Module:
@@ -90,14 +116,39 @@ def load_recipe(path: str | Path, model: nn.Module) -> nn.Module:
         ArtifactError: the file is damaged, or was saved from another class or other arguments.
     """
     path = Path(path)
+    return apply_recipe(path, model, *read_recipe(path))
+
+
+def read_recipe(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `write_recipe` wrote.
+
+    Raises:
+        ArtifactError: the file isn't there, is damaged, or holds no recipe.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             recipe = _recipe(path, (file.metadata() or {}).get(_KEY))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            return {name: file.get_tensor(name) for name in file.keys()}, recipe
     except FileNotFoundError:
         raise ArtifactError(f"{path}: there is no such file") from None
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"{path} is damaged: {first_line(error)}") from error
+
+
+def apply_recipe(
+    path: Path, model: nn.Module, tensors: dict[str, Tensor], recipe: dict[str, Any]
+) -> nn.Module:
+    """The second half of `load_recipe`.
+
+    Args:
+        path: for messages.
+        model: changed in place.
+        tensors: by name; those that are tied are added.
+        recipe: from `read_recipe`.
+
+    Raises:
+        ArtifactError: they don't fit the model.
+    """
     for name, same in recipe["tied"].items():
         if same not in tensors:
             raise ArtifactError(f"{path}: {name!r} is tied to {same!r}, which it lacks")
