@@ -61,7 +61,7 @@ def test_what_doesnt_fit_is_read_again_and_is_the_same(monkeypatch):
         assert all(torch.equal(a[0], b[0]) for a, b in zip(kept, read, strict=True))
 
 
-@pytest.mark.parametrize("name", ["apoz", "mean_activation", "taylor", "wanda"])
+@pytest.mark.parametrize("name", ["apoz", "mean_activation", "taylor", "obs", "wanda"])
 def test_memory_of_collection_doesnt_grow_with_the_batches(tmp_path, monkeypatch, name):
     monkeypatch.setattr(raycompress.data, "PRELOAD_BYTES", 0)
     most = []

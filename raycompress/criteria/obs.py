@@ -85,14 +85,20 @@ class OBS(Criterion):
                 )
 
     def collect(self, probe: Probe) -> dict[str, Tensor]:
-        """Scores by group name, shape (C,) each; the matrices stay here."""
+        """Scores by group name, shape (C,) each; the matrices stay here.
+
+        Raises:
+            EvaluationError: A layer's inputs aren't finite, or rounding made a matrix singular.
+        """
         model, groups = probe.model, probe.structure.groups
         scores: dict[str, Tensor] = {}
         for part in _parts(model, [g for g in groups if g.num_channels <= MAX_COLUMNS]):
             self._look(probe, [sums for own in part.values() for sums in own])
-            while part:  # matrices go as soon as they were used
-                name, own = part.popitem()
+            for name in list(part):
+                own = part.pop(name)  # matrices go as soon as they were used
                 readers = [reader for sums in own if sums.seen for reader in sums.readers()]
+                if not all(math.isfinite(reader.square) for reader in readers):
+                    raise EvaluationError(f"what reads group {name!r} doesn't get finite inputs")
                 if readers:
                     scores[name] = _strict(*removal_order(readers, self.damping))
                 del readers, own
