@@ -163,8 +163,8 @@ def run_trial(
 
         def on_step(_: int, trials: Sequence[Trial]) -> None:
             nonlocal replayed, spent
-            replayed += sum(trial.replayed for trial in trials)
             for trial in trials:  # what is asked for again was paid for before
+                replayed += trial.replayed and trial.candidate not in charged
                 paid = charged.get(trial.candidate, 0.0)
                 charged[trial.candidate] = max(trial.dfe, paid)
                 spent += charged[trial.candidate] - paid

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import replace
 from typing import ClassVar
 
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from raycompress.driver import run
 from raycompress.errors import BudgetError, ConfigError
 from raycompress.pruning import AutoCompress
 from raycompress.pruning.admm import Projection
@@ -227,3 +229,38 @@ def test_what_it_refuses_before_anything_starts(tmp_path):
 def test_bad_fields(keys, message):
     with pytest.raises(ConfigError, match=message):
         AutoCompress(**keys)
+
+
+def test_a_job_ends_in_the_model_that_the_last_round_left(tmp_path):
+    """Without recovery; a second run of it trains nothing."""
+    job = {
+        "name": "toy",
+        "task": "raycompress.testing:ToyTask",
+        "model": {"pretrain": {"epochs": 4.0}},
+        "pruners": [
+            {
+                "type": "AutoCompress",
+                "rounds": 2,
+                "iterations": 2,
+                "admm_iterations": 1,
+                "admm_epochs": 0.5,
+                "retrain_epochs": 1.0,
+            }
+        ],
+        "budgets": [{"macs": "30%"}],
+        "latency": {"batch_sizes": [1], "repeats": 1},
+        "cluster": {"executor": "local"},
+        "tracking": {"uri": "none"},
+        "output": str(tmp_path),
+    }
+    (trial,) = run(job).trials
+    record = json.loads((tmp_path / "trials" / trial.name / "result.json").read_text())
+    assert trial.weights == record["winner"]["weights"] and trial.evaluations > 0
+    assert trial.row("slim").score_validation == record["score"] > 0.6
+    assert trial.verification.kind == "exact" and trial.budget_met
+    assert {"primal_residual", "temperature", "purified"} <= {
+        name for step in trial.curve for name in step.figures
+    }
+    (tmp_path / "trials" / trial.name / "result.json").unlink()  # as if it had been stopped here
+    (again,) = run(job).trials
+    assert again.weights == trial.weights and again.evaluations == 0
