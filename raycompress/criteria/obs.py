@@ -46,8 +46,9 @@ class OBS(Criterion):
 
     Read by: Linear and convolutions without groups, however often they are called. Their outputs
     all count, also those that go with the channel in a layer that reads and writes the same group.
-    A group without such a reader (transposed or grouped convolutions alone) is ranked by the
-    squares of its activations instead, and scored by the share of them that has gone.
+    Other layers that read the group (recurrent ones, attention's own projections, transposed or
+    grouped convolutions) have no say; where there are no others, the group is ranked by the squares
+    of its activations, and scored by the share of them that has gone.
 
     Above `MAX_COLUMNS` inputs a layer's correlations are left out between the places of a kernel,
     or between the columns of a channel; what has more channels is refused. Time grows with C *

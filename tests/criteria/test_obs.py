@@ -275,6 +275,21 @@ def test_calls_add_up_and_other_groups_channels_stay(randomised):
     assert scores["both"].isfinite().all()  # of the layer that is also called by keyword
 
 
+@pytest.mark.usefixtures("everywhere")
+def test_behind_a_depthwise_convolution_the_pointwise_one_reads(randomised):
+    depthwise = nn.Conv2d(6, 6, 3, groups=6)
+    model = nn.Sequential(nn.Conv2d(2, 6, 1), nn.ReLU(), depthwise, nn.ReLU(), nn.Conv2d(6, 4, 1))
+    model = randomised(model).double()
+    task = task_of(model)
+    scores = scores_of(OBS(), probe_of(task))["0"]
+    x, w = inputs_of(model, model[4], task.data.tensors[0]), weights_of(model[4])
+    order = prune_order(scores).tolist()
+    for count in range(1, 7):
+        expected = error(x, w, torch.arange(6)[:, None], order[:count])
+        expected /= float((x @ w).square().sum())
+        assert float(scores[order[count - 1]]) == pytest.approx(expected, rel=1e-6)
+
+
 def test_scores_rise_strictly_in_the_order_of_removal(randomised):
     model = randomised(Residual()).double()
     with torch.no_grad():  # three dead channels, which cost nothing
