@@ -112,13 +112,16 @@ def _located(error: InputError, source: Source) -> InputError:
 def _run(config: JobConfig, json: bool, quiet: bool) -> None:
     from raycompress.driver import run
     from raycompress.progress import progress_for
-    from raycompress.tracking.report import report_table
+    from raycompress.tracking.report import cost_table, front_table, report_table
 
     progress = progress_for(quiet)
     with nothing_on_stdout():
         result = run(config, progress=progress)
     console = Console(stderr=json, width=None if sys.stdout.isatty() else 200)
     console.print(report_table(result))
+    if result.front:
+        console.print(front_table(result))
+    console.print(cost_table(result))
     for trial in result.trials:
         if trial.failure is not None:
             console.print(f"{trial.name} failed: {trial.failure}", highlight=False, markup=False)
@@ -252,7 +255,12 @@ def report(
 
     def action() -> None:
         from raycompress.results import JobResult
-        from raycompress.tracking.report import report_markdown, report_table
+        from raycompress.tracking.report import (
+            cost_table,
+            front_table,
+            report_markdown,
+            report_table,
+        )
 
         path = output / "results" / "summary.json"
         if not path.exists():
@@ -262,7 +270,11 @@ def report(
             print(report_markdown(result))
         else:
             width = None if sys.stdout.isatty() else 200
-            Console(width=width).print(report_table(result))
+            console = Console(width=width)
+            console.print(report_table(result))
+            if result.front:
+                console.print(front_table(result))
+            console.print(cost_table(result))
 
     _guarded(action, debug)
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from raycompress.config import RecoverConfig
+from raycompress.config import JobConfig
 from raycompress.errors import EvaluationError, VerificationError
 from raycompress.executor import LedgerExecutor
 from raycompress.masks import Masks, masked_copy, save_masks, weight_masks
@@ -29,7 +30,17 @@ from raycompress.training import Distillation
 from raycompress.trial import load_ranking, write_json
 from raycompress.weights import Weights, WeightStore
 
-__all__ = ["Measured", "final_model", "finish_trial", "measure_dense", "trial_without_model"]
+__all__ = [
+    "Finished",
+    "Measured",
+    "final_model",
+    "finish_candidate",
+    "finish_trial",
+    "measure_dense",
+    "reconstructed",
+    "recovery",
+    "trial_without_model",
+]
 
 
 @dataclass(frozen=True)
@@ -93,15 +104,87 @@ def finish_trial(
     winner = Candidate.from_key(found["winner"])
     if winner.kept:
         pool.publish(load_ranking(winner.ranking, plan.output / "rankings"))
-    if plan.config.reconstruct and winner.kept and winner.reconstruct is None:
-        winner = replace(winner, reconstruct=Reconstruction(dense.candidate.weights))
-    training = _recovery(plan.config.recover, trial.seed, dense.candidate.weights)
-    recovered = pool.evaluate([winner.with_training(training)])[0]
-    if recovered.failure is not None or recovered.weights is None:
-        raise EvaluationError(f"recovering {trial.name} failed: {recovered.failure}")
-    final = replace(winner, weights=recovered.weights, recalibrate=0, reconstruct=None)
-    trained = store.get(recovered.weights)
     folder = plan.output / "results" / trial.name
+    training = recovery(plan.config, trial.seed, dense.candidate.weights)
+    winner = reconstructed(plan.config, winner, dense.candidate.weights)
+    final = finish_candidate(plan, winner, training, trial.name, folder, pool, store, dense)
+    predicted = None if table is None else table.latency_ms(final.counts)
+    return TrialResult(
+        name=trial.name,
+        pruner=type(trial.pruner).__name__,
+        seed=trial.seed,
+        budget="" if trial.budget is None else str(trial.budget),
+        limits=_limits(trial, final.measured, dense, final.timed, predicted),
+        counts=_counts(plan, final, pool),
+        rows=final.rows,
+        verification=final.verification,
+        dfe=found["total_dfe"],
+        evaluations=found["evaluated"],
+        replayed=found["replayed"],
+        seconds=found["seconds"],
+        curve=tuple(SearchStep(**point) for point in found["curve"]),
+        masks=str(folder / "masks.safetensors"),
+        weights=final.candidate.weights,
+    )
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A candidate's model: built, verified, measured.
+
+    Attributes:
+        candidate: With the weights that it has now.
+        kept: Kept channel indices by group; empty if nothing was slimmed.
+        rows: "dense", "masked", and "slim" if it is.
+        measured: The last of them.
+        timed: Latency of all of them.
+        verification: Of slim against masked; None where nothing was slimmed.
+    """
+
+    candidate: Candidate
+    kept: Mapping[str, list[int]]
+    rows: tuple[ModelRow, ...]
+    measured: Measured
+    timed: list[LatencyRow]
+    verification: Verification | None
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Kept channels by group."""
+        return {name: len(indices) for name, indices in self.kept.items()}
+
+
+def finish_candidate(
+    plan: Plan,
+    candidate: Candidate,
+    training: Training,
+    name: str,
+    folder: Path,
+    pool: LedgerExecutor,
+    store: WeightStore,
+    dense: Measured,
+) -> Finished:
+    """Trains, shrinks, verifies and measures a candidate; leaves masks and groups in a folder.
+
+    Args:
+        plan: The job.
+        candidate: Its ranking is published.
+        training: Of no epochs: builds, reconstructs and recalibrates alone.
+        name: For messages.
+        folder: Made if it isn't there.
+        pool: Trains, scores and times.
+        store: Holds the weights.
+        dense: To compare with.
+
+    Raises:
+        EvaluationError: Its training or evaluation failed.
+        VerificationError: The slim model doesn't compute what the masked one does.
+    """
+    recovered = pool.evaluate([candidate.with_training(training)])[0]
+    if recovered.failure is not None or recovered.weights is None:
+        raise EvaluationError(f"recovering {name} failed: {recovered.failure}")
+    final = replace(candidate, weights=recovered.weights, recalibrate=0, reconstruct=None)
+    trained = store.get(recovered.weights)
     folder.mkdir(parents=True, exist_ok=True)
     small = final_model(plan, trained)
     if trained.kept:
@@ -113,7 +196,7 @@ def finish_trial(
         )
         if verdict.kind == "wrong":
             raise VerificationError(
-                f"{trial.name}: the slim model doesn't compute what the masked one does "
+                f"{name}: the slim model doesn't compute what the masked one does "
                 f"(relative error {verdict.max_error:.2g}; {'; '.join(verdict.reasons)}); "
                 "it was not published"
             )
@@ -124,42 +207,31 @@ def finish_trial(
             reference_error=verdict.reference_error,
         )
         masked = Candidate(store.put(Weights(full.state_dict(), {})))
-        cost = plan.structure.cost(winner.counts)
+        cost = plan.structure.cost({name: len(indices) for name, indices in kept.items()})
         rows = [
             _measure("masked", masked, full, plan.structure.cost().macs, pool),
             _measure("slim", final, small, cost.macs, pool),
         ]
     else:
-        ranked = pool.rankings[winner.ranking].kept(winner.counts) if winner.kept else {}
+        ranked = pool.rankings[final.ranking].kept(final.counts) if final.kept else {}
         masks = weight_masks(plan.model, ranked)
         verification, kept = None, {}
         rows = [_measure("masked", final, small, plan.structure.cost().macs, pool)]
     save_masks(masks, folder / "masks.safetensors")
-    write_json(folder / "groups.json", _groups(plan, winner, kept))
+    write_json(folder / "groups.json", _groups(plan, kept))
     timed = pool.latency(
         {row.name: row.candidate for row in [dense, *rows]},
         plan.config.latency.batch_sizes,
         plan.config.latency.repeats,
         plan.config.latency.max_seconds,
     )
-    counts = {name: len(indices) for name, indices in trained.kept.items()}
-    predicted = None if table is None else table.latency_ms(counts)
-    return TrialResult(
-        name=trial.name,
-        pruner=type(trial.pruner).__name__,
-        seed=trial.seed,
-        budget="" if trial.budget is None else str(trial.budget),
-        limits=_limits(trial, rows[-1], dense, timed, predicted),
-        counts=_counts(plan, winner, pool),
+    return Finished(
+        candidate=final,
+        kept=kept,
         rows=tuple(row.row(_latency(timed, row.name)) for row in [dense, *rows]),
+        measured=rows[-1],
+        timed=timed,
         verification=verification,
-        dfe=found["total_dfe"],
-        evaluations=found["evaluated"],
-        replayed=found["replayed"],
-        seconds=found["seconds"],
-        curve=tuple(SearchStep(**point) for point in found["curve"]),
-        masks=str(folder / "masks.safetensors"),
-        weights=recovered.weights,
     )
 
 
@@ -181,13 +253,28 @@ def trial_without_model(
     )
 
 
-def _recovery(recover: RecoverConfig | None, seed: int, dense: str) -> Training:
+def recovery(config: JobConfig, seed: int, dense: str) -> Training:
+    """A job's fine-tuning; of no epochs if it has none.
+
+    Args:
+        config: The job.
+        seed: Of the trial.
+        dense: Digest of the teacher's weights.
+    """
+    recover = config.recover
     if recover is None:
         return Training(0.0, None, seed)
     methods: tuple[TrainingMethod, ...] = ()
     if recover.distill is not None:
         methods = (Distillation(teacher=dense, **vars(recover.distill)),)
     return Training(recover.epochs, recover.lr, seed, methods)
+
+
+def reconstructed(config: JobConfig, winner: Candidate, dense: str) -> Candidate:
+    """A winner as the job builds it before fine-tuning."""
+    if config.reconstruct and winner.kept and winner.reconstruct is None:
+        return replace(winner, reconstruct=Reconstruction(dense))
+    return winner
 
 
 def final_model(plan: Plan, trained: Weights) -> nn.Module:
@@ -271,25 +358,24 @@ def _limits(
     )
 
 
-def _counts(
-    plan: Plan, winner: Candidate, pool: LedgerExecutor
-) -> tuple[tuple[str, int, int], ...]:
-    if not winner.kept:
-        return ()
-    orders = pool.rankings[winner.ranking].orders
-    return tuple(
-        (name, winner.counts.get(name, len(order)), len(order)) for name, order in orders.items()
-    )
+def _counts(plan: Plan, final: Finished, pool: LedgerExecutor) -> tuple[tuple[str, int, int], ...]:
+    candidate = final.candidate
+    num = {group.name: group.num_channels for group in plan.structure.groups}
+    if not candidate.kept:
+        return tuple((name, count, num[name]) for name, count in final.counts.items())
+    orders = pool.rankings[candidate.ranking].orders
+    counts = {**candidate.counts, **final.counts}
+    return tuple((name, counts.get(name, len(order)), len(order)) for name, order in orders.items())
 
 
-def _groups(plan: Plan, winner: Candidate, kept: Mapping[str, list[int]]) -> dict[str, Any]:
+def _groups(plan: Plan, kept: Mapping[str, list[int]]) -> dict[str, Any]:
     """What can be removed, and what was: readable without this library."""
     return {
         "groups": [
             {
                 "name": group.name,
                 "channels": group.num_channels,
-                "kept": winner.counts.get(group.name, group.num_channels),
+                "kept": len(kept.get(group.name, range(group.num_channels))),
                 "kept_indices": kept.get(group.name, "all"),
                 "producers": list(group.producers),
                 "exact": group.exact,

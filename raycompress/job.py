@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn, Protocol
 
 from raycompress.analysis.sensitivity import SensitivityRow, write_sensitivity
@@ -21,7 +21,9 @@ from raycompress.executor import LedgerExecutor
 from raycompress.finish import Measured, finish_trial, measure_dense, trial_without_model
 from raycompress.ledger import Ledger, read_ledger
 from raycompress.local import LocalExecutor
+from raycompress.pareto import Point
 from raycompress.plan import Plan, TrialPlan, check_trial
+from raycompress.points import Pricer, gather, origin_of, write_table
 from raycompress.progress import Progress
 from raycompress.pruning.pruner import Problem, Pruner
 from raycompress.results import Curve, FrozenLayer, JobResult, TrialResult
@@ -143,9 +145,11 @@ def run_job(
         trials: list[TrialResult] = []
         for trial in plan.trials:
             trials.append(_finish(job, trial, found[trial.name], pool, dense, table))
+        points = _points(job, trials, found, pool, weights, table)
         dfe += pool.dfe + sum(found[trial.name]["dfe"] for trial in plan.trials)
         device = pool.info.numeric_class
     _check_any(trials)
+    on_front = [replace(p, candidate="") for p in points if p.fronts or p.search_fronts]
     result = JobResult(
         name=plan.config.name,
         score_name=plan.task.score_name,
@@ -161,7 +165,10 @@ def run_job(
         ),
         best=_best(trials),
         device=device,
-        dfe=dfe,
+        front=tuple(sorted(on_front, key=lambda p: (-p.macs, -p.score))),
+        num_points=len(points),
+        dfe=sum(record["dfe"] for record in read_ledger(plan.output / "ledger")),
+        run_dfe=dfe,
         seconds=time.monotonic() - start,
         notes=_notes(plan, table),
     )
@@ -277,7 +284,8 @@ def _compress(
     payloads = [shared.payload(trial) for trial in plan.trials]
     done = {str(p["name"]): finished(shared, p) for p in payloads}
     missing = [p for p in payloads if done[str(p["name"])] is None]
-    results = {name: result for name, result in done.items() if result is not None}
+    # Paid for by an earlier run.
+    results = {name: {**result, "dfe": 0.0} for name, result in done.items() if result is not None}
     for name, result in results.items():
         for point in result["curve"]:
             report(name, point["step"], metrics_of(point))
@@ -315,6 +323,28 @@ def _finish(
             failure = str(error)
             job.progress.message(failure)
     return trial_without_model(trial, found, failure)
+
+
+def _points(
+    job: _Job,
+    trials: Sequence[TrialResult],
+    found: Mapping[str, Mapping[str, Any]],
+    pool: LedgerExecutor,
+    weights: str,
+    table: LatencyTable | None,
+) -> list[Point]:
+    """Everything that the searches evaluated, and their final models; also left as a table."""
+    if not trials:
+        return []
+    winners = {
+        name: Candidate.from_key(result["winner"])
+        for name, result in found.items()
+        if result["winner"] is not None
+    }
+    points = gather(job.plan, trials, winners, Pricer(pool, weights, table))
+    origin = origin_of(pool, weights)
+    write_table(points, job.plan.output / "results" / "pareto.parquet", origin)
+    return points
 
 
 def _check_any(trials: Sequence[TrialResult]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +15,9 @@ from raycompress.config import JobConfig
 from raycompress.errors import ArtifactError, RaycompressError, VerificationError
 from raycompress.finish import final_model
 from raycompress.ledger import read_ledger
+from raycompress.pareto import Point
 from raycompress.plan import Plan
+from raycompress.points import read_table
 from raycompress.results import JobResult, TrialResult
 from raycompress.tracking.address import check, masked_uri
 from raycompress.tracking.base import NoTracker, Tracker
@@ -72,7 +74,7 @@ def publish(
         child = children[trial.name]
         child.log_params({"pruner": trial.pruner, "budget": trial.budget, "seed": trial.seed})
         if not trial.rows:
-            child.log_metrics({"search/dfe": trial.dfe})
+            child.log_metrics({"search/dfe": trial.dfe, "search/seconds": trial.seconds})
             child.finish("FAILED" if trial.failure is not None else "KILLED")
             trials.append(replace(trial, run_id=child.run_id))
             continue
@@ -108,13 +110,17 @@ def publish(
     write_candidates(plan, folder / "candidates.parquet")
     (folder / "report.md").write_text(report_markdown(result))
     tracker.describe(report_markdown(result))
-    figures = _write_figures(result, folder / "figures")
+    points = read_table(folder / "pareto.parquet")[0] if result.trials else []
+    figures = _write_figures(result, points, folder / "figures")
     tracker.log_metrics({f"dense/{k}": v for k, v in _row_metrics(result.dense).items()})
     if best is not None:
         tracker.log_metrics(_metrics(best))
+    tracker.log_metrics(
+        {"job/dfe": result.dfe, "job/run_dfe": result.run_dfe, "job/seconds": result.seconds}
+    )
     for path in (folder / "summary.json", folder / "report.md", plan.output / "job.yaml"):
         tracker.log_artifact(path)
-    for path in (folder / "candidates.parquet", *sorted(folder.glob("sensitivity.*"))):
+    for path in (*sorted(folder.glob("*.parquet")), *sorted(folder.glob("sensitivity.csv"))):
         tracker.log_artifact(path)
     for path in figures:
         tracker.log_artifact(path, "figures")
@@ -128,6 +134,7 @@ def write_candidates(plan: Plan, path: Path) -> None:
             "key": record["key"],
             "kind": record["kind"],
             "candidate": json.dumps(record["candidate"]),
+            "split": record["split"],
             "score": sum(s[1] for s in record["shards"])
             / max(sum(s[0] for s in record["shards"]), 1),
             "loss": sum(s[2] for s in record["shards"])
@@ -174,7 +181,11 @@ def _metrics(trial: TrialResult) -> dict[str, float]:
         for row in trial.rows
         for name, value in _row_metrics(row).items()
     }
-    metrics |= {"search/dfe": trial.dfe, "search/evaluations": float(trial.evaluations)}
+    metrics |= {
+        "search/dfe": trial.dfe,
+        "search/evaluations": float(trial.evaluations),
+        "search/seconds": trial.seconds,
+    }
     for limit in trial.limits:
         if limit.predicted is not None:
             metrics[f"slim/predicted_{limit.resource}"] = limit.predicted
@@ -183,7 +194,7 @@ def _metrics(trial: TrialResult) -> dict[str, float]:
     return metrics
 
 
-def _write_figures(result: JobResult, folder: Path) -> list[Path]:
+def _write_figures(result: JobResult, points: Sequence[Point], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     figures = {}
     if result.sensitivity:
@@ -192,8 +203,8 @@ def _write_figures(result: JobResult, folder: Path) -> list[Path]:
         figures["allocation"] = allocation_figure(result)
     if any(trial.curve for trial in result.trials):
         figures["search"] = search_figure(result)
-    if any(trial.rows for trial in result.trials):
-        figures["pareto"] = pareto_figure(result)
+    if points:
+        figures["pareto"] = pareto_figure(result, points)
     paths = []
     for name, figure in figures.items():
         paths.append(folder / f"{name}.png")

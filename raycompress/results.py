@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from raycompress.pareto import Point
+
 __all__ = [
     "Curve",
     "FrozenLayer",
@@ -254,7 +256,12 @@ class JobResult:
         model_uri: Of the published model in MLflow, "" if none.
         registered_model: Name and version in the registry, "" if not registered.
         device: On which latency was measured.
-        dfe: Cost of everything (probes too) in dense-forward equivalents.
+        front: Points on a front, by descending cost in multiply-adds; the table of all points is
+            `results/pareto.parquet`.
+        num_points: Models that were evaluated.
+        dfe: Cost of everything (probes and fine-tuning too) in dense-forward equivalents, that of
+            earlier runs of the job included.
+        run_dfe: This run's part of it; the ledger answered the rest.
         seconds: Wall time of this run of the job.
         notes: Sentences that a reader should know, such as what isn't deterministic.
     """
@@ -273,7 +280,10 @@ class JobResult:
     model_uri: str = ""
     registered_model: str = ""
     device: str = ""
+    front: tuple[Point, ...] = ()
+    num_points: int = 0
     dfe: float = 0.0
+    run_dfe: float = 0.0
     seconds: float = 0.0
     notes: tuple[str, ...] = field(default=())
 

@@ -27,6 +27,7 @@ from raycompress.importing import resolve
 from raycompress.ledger import Ledger
 from raycompress.loading import build_pruner
 from raycompress.plan import TrialPlan
+from raycompress.points import Pricer, Recorder, points_path
 from raycompress.pruning.pruner import Problem
 from raycompress.search import Candidate, Ranking, Trial, digest_of, run_search
 from raycompress.structure import Structure
@@ -160,9 +161,14 @@ def run_trial(
             report=figures.update,
         )
         pruner = build_pruner(payload["pruner"], "pruner")
+        pricer = Pricer(pool, shared.digest, shared.latency)
+        points = Recorder(points_path(shared.output, name), pricer, name)
 
         def on_step(_: int, trials: Sequence[Trial]) -> None:
             nonlocal replayed, spent
+            for ranking in pool.rankings.values():
+                save_ranking(ranking, shared.output / "rankings")
+            points.add(len(curve), trials)
             for trial in trials:  # what is asked for again was paid for before
                 replayed += trial.replayed and trial.candidate not in charged
                 paid = charged.get(trial.candidate, 0.0)
@@ -204,14 +210,13 @@ def run_trial(
             raise EvaluationError(f"its winner failed: {judged.failure}")
         if curve:
             spent += judged.dfe
+            points.add(len(curve) - 1, [judged])
         else:  # it asked for nothing: its answer is its only step
             on_step(0, [judged])
         if judged.weights is not None:  # what was trained is the winner, not the training
             winner = replace(
                 winner, weights=judged.weights, training=None, recalibrate=0, reconstruct=None
             )
-        for ranking in pool.rankings.values():
-            save_ranking(ranking, shared.output / "rankings")
         result = {
             "key": payload["key"],
             "name": name,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from raycompress.pareto import Point
 from raycompress.results import JobResult, TrialResult
 
 __all__ = ["allocation_figure", "pareto_figure", "search_figure", "sensitivity_figure"]
@@ -134,24 +136,69 @@ def search_figure(result: JobResult) -> Figure:
     return figure
 
 
-def pareto_figure(result: JobResult) -> Figure:
-    """Validation score against multiply-adds of every final model, the front joined."""
-    figure, axes = _axes(7.5, 4.8, "What each model costs, and what it is worth")
-    points = []
-    for index, trial in enumerate(t for t in result.trials if t.rows):
-        row = trial.rows[-1]
-        x, y = 100 * row.macs / max(result.dense.macs, 1), row.score_validation or 0.0
-        colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index // len(COLOURS) % 3]
-        axes.plot(x, y, marker, color=colour, label=trial.name, markersize=8)
-        points.append((x, y))
-    dense = (100.0, result.dense.score_validation or 0.0)
-    axes.plot(*dense, "s", color="black", label="dense", markersize=8)
-    front: list[tuple[float, float]] = []
-    for x, y in sorted([*points, dense], key=lambda point: (point[0], -point[1])):
-        if not front or y > front[-1][1]:
-            front.append((x, y))
-    axes.plot(*zip(*front, strict=True), color="#999999", linewidth=1, zorder=0, label="front")
-    axes.set_xlabel("multiply-adds, % of the dense model")
-    axes.set_ylabel(f"{result.score_name} on validation data")
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+def pareto_figure(result: JobResult, points: Sequence[Point]) -> Figure:
+    """Validation score of everything evaluated against its cost, and the fronts.
+
+    One panel for each resource; costs are fractions of the dense model's.
+    """
+    resources = [r for r in AXES if any(getattr(p, r) is not None for p in points)]
+    width = 1.2 + 4.2 * len(resources)
+    figure = Figure(figsize=(width, 4.9), layout="constrained")
+    figure.suptitle(
+        f"{len(points)} models evaluated (small: as judged in a search; large: final)",
+        x=0.01,
+        ha="left",
+        fontsize="large",
+        fontweight="bold",
+    )
+    panels = figure.subplots(1, len(resources), sharey=True, squeeze=False)[0]
+    for axes, resource in zip(panels, resources, strict=True):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlabel(f"{AXES[resource]}, % of the dense model")
+        _panel(axes, resource, points)
+    panels[0].set_ylabel(f"{result.score_name} on validation data")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     return figure
+
+
+AXES = {
+    "macs": "multiply-adds",
+    "params": "parameters",
+    "latency_ms": "predicted latency",
+}
+
+
+def _panel(axes: Axes, resource: str, points: Sequence[Point]) -> None:
+    dense = next(p for p in points if p.stage == "dense")
+    whole = max(getattr(dense, resource), 1e-12)
+
+    def places(some: Sequence[Point]) -> tuple[list[float], list[float]]:
+        some = [p for p in some if getattr(p, resource) is not None]
+        return [100 * getattr(p, resource) / whole for p in some], [p.score for p in some]
+
+    style: dict[str, Any]
+    names = list(dict.fromkeys(p.trial for p in points if p.trial))
+    for index, name in enumerate(names):
+        colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index // len(COLOURS) % 3]
+        own = [p for p in points if p.trial == name]
+        searched = [p for p in own if p.stage == "search"]
+        finals = [p for p in own if p.stage == "final"]
+        style = {"color": colour, "marker": marker, "linestyle": "none"}
+        axes.plot(*places(searched), **style, markersize=3.5, alpha=0.45, markeredgewidth=0)
+        label = f"{name}" if finals else f"{name} (no model)"
+        axes.plot(*places(finals), **style, markersize=8, label=label, markeredgecolor="white")
+    axes.plot(*places([dense]), "s", color="black", label="dense", markersize=7)
+    for field, line, label in (
+        ("search_fronts", ":", "front before recovery"),
+        ("fronts", "-", "front"),
+    ):
+        on = sorted(
+            (p for p in points if resource in getattr(p, field)),
+            key=lambda p: (getattr(p, resource), p.score),
+        )
+        x, y = places(on)
+        # With at most so much to spend, this is the best: it holds until a better one is in reach.
+        style = {"color": "#555555", "linewidth": 1.2, "zorder": 0}
+        axes.step(x, y, line, where="post", label=label, **style)
+        axes.plot(x, y, "o", markerfacecolor="none", markeredgecolor="#333333", markersize=5.5)

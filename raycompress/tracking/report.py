@@ -6,9 +6,13 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from raycompress.pareto import Point
 from raycompress.results import JobResult, Limit, ModelRow, TrialResult
 
-__all__ = ["report_markdown", "report_table"]
+__all__ = ["cost_table", "front_table", "report_markdown", "report_table"]
+
+FRONT_ROWS = 10
+"""Points of a front that are shown; they are spread evenly over it."""
 
 
 def _number(value: float) -> str:
@@ -101,6 +105,100 @@ def report_table(result: JobResult) -> Table:
     return table
 
 
+def _front(result: JobResult) -> tuple[list[str], list[list[str]], int]:
+    """Header, rows, and how many of the fronts' points are left out.
+
+    The fronts of score against MACs: of everything, then of what was judged before recovery.
+    """
+    finals = [p for p in result.front if "macs" in p.fronts]
+    before = [p for p in result.front if "macs" in p.search_fronts and "macs" not in p.fronts]
+    shown = [*_thinned(finals), *_thinned(before)]
+    timed = any(p.latency_ms is not None for p in shown)
+    header = ["id", "trial", "model", result.score_name, "MACs", "parameters"]
+    header += ["predicted ms"] if timed else []
+    rows = []
+    for p in shown:
+        kind = {"dense": "dense", "final": "final", "search": "before recovery"}[p.stage]
+        row = [p.id, p.trial, kind, f"{p.score:.4f}", _number(p.macs), _number(p.params)]
+        if timed:
+            row.append("-" if p.latency_ms is None else f"{p.latency_ms:.2f}")
+        rows.append(row)
+    return header, rows, len(finals) + len(before) - len(shown)
+
+
+def _thinned(points: Sequence[Point]) -> list[Point]:
+    last = len(points) - 1
+    if last < FRONT_ROWS:
+        return list(points)
+    return [points[round(i * last / (FRONT_ROWS - 1))] for i in range(FRONT_ROWS)]
+
+
+def front_table(result: JobResult) -> Table:
+    """The front of everything that was evaluated, for a terminal."""
+    header, rows, more = _front(result)
+    table = Table(
+        title=f"Front of {result.num_points} evaluated models, validation data",
+        title_justify="left",
+        title_style="bold",
+        caption=(f"{more} more, and everything else, in " if more else "everything is in ")
+        + f"results/pareto.parquet; raycompress materialize {result.output} --point ID",
+        caption_justify="left",
+    )
+    for index, name in enumerate(header):
+        table.add_column(name, justify="left" if index < 3 else "right", no_wrap=index == 0)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+COST_HEADER = ["search", "DFE", "candidates", "from the ledger", "s"]
+
+
+def _costs(result: JobResult) -> list[list[str]]:
+    rows = [
+        [t.name, f"{t.dfe:.1f}", str(t.evaluations), str(t.replayed), f"{t.seconds:.1f}"]
+        for t in result.trials
+    ]
+    whole = ["whole job, this run", f"{result.run_dfe:.1f}", "", "", f"{result.seconds:.1f}"]
+    return [*rows, whole, ["whole job, earlier runs too", f"{result.dfe:.1f}", "", "", ""]]
+
+
+def cost_table(result: JobResult) -> Table:
+    """What searches and the whole job cost, for a terminal."""
+    table = Table(title="Cost", title_justify="left", title_style="bold")
+    for index, name in enumerate(COST_HEADER):
+        table.add_column(name, justify="left" if index == 0 else "right")
+    for row in _costs(result):
+        table.add_row(*row)
+    return table
+
+
+def _front_section(result: JobResult) -> list[str]:
+    header, rows, more = _front(result)
+    if not rows:
+        return []
+    parts = [
+        "## Front",
+        "",
+        f"Of {result.num_points} models that were evaluated, those that no other beats in "
+        f"{result.score_name} (validation data) and MACs; then the same before recovery. "
+        f"{f'{more} more of them, and everything' if more else 'Everything'} else, is in "
+        "`pareto.parquet`, fronts by parameters and predicted latency too.",
+        "",
+        _row(header),
+        _row(["---"] * len(header)),
+        *(_row([f"`{row[0]}`", *row[1:]]) for row in rows),
+        "",
+        "Any of them as a verified model, without searching again:",
+        "",
+        "```bash",
+        f"raycompress materialize {result.output} --point ID    # --recover: fine-tuned as well",
+        "```",
+        "",
+    ]
+    return parts
+
+
 def report_markdown(result: JobResult) -> str:
     """The report as Markdown."""
     result = _first(result)
@@ -114,8 +212,18 @@ def report_markdown(result: JobResult) -> str:
         "beyond parameters and inputs.",
         "",
     ]
+    parts += _front_section(result)
     for trial in result.trials:
         parts += _trial(trial)
+    parts += ["## Cost", "", _row(COST_HEADER), _row(["---"] * len(COST_HEADER))]
+    parts += [
+        *(_row(row) for row in _costs(result)),
+        "",
+        "DFE: dense-forward equivalents; 1 is one pass of the dense model over the validation "
+        "data. A search is charged for all that it asked for, also what the ledger answered; the "
+        "job for what was really done, probes, fine-tuning and measured models included.",
+        "",
+    ]
     if result.model_uri:
         parts += ["## Use the model", "", "```python", "import mlflow.pytorch", ""]
         parts += [
@@ -130,7 +238,6 @@ def report_markdown(result: JobResult) -> str:
         parts.append("")
     parts += ["## Notes", "", *(f"- {note}" for note in result.notes)]
     parts.append(f"- Latency was measured on: {result.device}")
-    parts.append(f"- The job cost {result.dfe:.1f} dense-forward equivalents.")
     return "\n".join(parts) + "\n"
 
 

@@ -2,6 +2,7 @@ import warnings
 
 import pytest
 
+from raycompress.pareto import Point, marked
 from raycompress.results import Curve, JobResult, ModelRow, SearchStep, TrialResult
 from raycompress.tracking.figures import (
     allocation_figure,
@@ -49,23 +50,41 @@ def job(num_groups, num_trials):
     )
 
 
+def points(num_trials, *, timed=False):
+    ms = {"latency_ms": 2.0} if timed else {}
+    found = [Point(id="d", stage="dense", macs=100, params=20, score=0.9, loss=0.1, **ms)]
+    for i in range(num_trials):
+        name = f"L1Filter-macs50-seed{i}"
+        finals = {"trial": name, "macs": 50, "params": 9 + i, "loss": 0.2}
+        found.append(Point(id=f"f{i}", stage="final", score=0.8 - i / 100, **finals, **ms))
+        found.append(Point(id=f"s{i}", step=0, score=0.3 + i / 100, **finals))
+    return marked(found)
+
+
 @pytest.mark.parametrize(("num_groups", "num_trials"), [(1, 1), (5, 2), (60, 8)])
 def test_figures_render_at_a_printable_size(num_groups, num_trials, tmp_path):
     result = job(num_groups, num_trials)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for draw in (sensitivity_figure, allocation_figure, search_figure, pareto_figure):
-            figure = draw(result)
+            more = (points(num_trials, timed=True),) if draw is pareto_figure else ()
+            figure = draw(result, *more)
             figure.savefig(tmp_path / "figure.png", dpi=50)
             assert figure.get_size_inches()[1] < 15, draw.__name__
 
 
-def test_the_front_holds_one_model_at_each_cost():
+def test_fronts_are_drawn_of_everything_and_of_what_searches_judged():
+    figure = pareto_figure(job(2, 3), points(3))
+    lines = {line.get_label(): line for line in figure.axes[0].lines}
     # All trials cost 50%: the front is the best of them and the dense model.
-    (front,) = [
-        line for line in pareto_figure(job(2, 3)).axes[0].lines if line.get_label() == "front"
+    assert list(lines["front"].get_xdata()) == [50.0, 100.0]
+    assert list(lines["front"].get_ydata()) == [0.8, 0.9]
+    assert list(lines["front before recovery"].get_ydata()) == [0.32, 0.9]
+    assert [axes.get_xlabel().split(",")[0] for axes in figure.axes] == [
+        "multiply-adds",
+        "parameters",
     ]
-    assert list(front.get_xdata()) == [50.0, 100.0]
+    assert len(pareto_figure(job(2, 3), points(3, timed=True)).axes) == 3
 
 
 def test_labels_tell_groups_apart():

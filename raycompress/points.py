@@ -1,0 +1,251 @@
+"""From a search's trials to the job's table of everything that was evaluated.
+
+A trial writes its points as it goes (`trials/<name>/points.jsonl`), so that those of a trial that
+fails or is stopped are there too; the job puts them together in `results/pareto.parquet`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow
+import pyarrow.parquet
+
+from raycompress.budget import Pricing
+from raycompress.executor import LedgerExecutor
+from raycompress.identity import structure_digest
+from raycompress.pareto import RESOURCES, Point, marked
+from raycompress.plan import Plan
+from raycompress.results import TrialResult
+from raycompress.search import Candidate, Trial, digest_of
+
+__all__ = [
+    "Pricer",
+    "Recorder",
+    "gather",
+    "origin_of",
+    "points_path",
+    "read_points",
+    "read_table",
+    "write_table",
+]
+
+
+def points_path(output: Path, trial: str) -> Path:
+    """Where a trial writes what it evaluated."""
+    return output / "trials" / trial / "points.jsonl"
+
+
+@dataclass(frozen=True)
+class Pricer:
+    """Makes points.
+
+    Attributes:
+        executor: Knows rankings, and what weights have lost.
+        dense: Digest of the dense weights.
+        latency: Predicts; None: nothing was measured.
+    """
+
+    executor: LedgerExecutor
+    dense: str
+    latency: Pricing | None = None
+
+    def point(
+        self,
+        trial: Trial,
+        name: str = "",
+        step: int | None = None,
+        stage: Literal["dense", "search", "final"] = "search",
+    ) -> Point | None:
+        """A judged candidate's point; None for what has no score, such as statistics."""
+        asked = trial.candidate
+        if trial.failure is not None or not trial.shards:
+            return None
+        candidate = replace(asked, shards=None, training=None)
+        if asked.training is not None:
+            # What came out of the training was judged.
+            candidate = replace(candidate, weights=trial.trained(), recalibrate=0, reconstruct=None)
+        key = candidate.key()
+        counts = self.executor.counts(candidate)
+        cost = self.executor.structure.cost(counts)
+        num = sum(shard.count for shard in trial.shards)
+        training = asked.training
+        return Point(
+            id=digest_of(key)[:10],
+            trial=name,
+            step=step,
+            stage=stage,
+            candidate=json.dumps(key, sort_keys=True),
+            macs=cost.macs,
+            params=cost.params - self._masked(candidate),
+            latency_ms=None if self.latency is None else self.latency.latency_ms(counts),
+            score=sum(shard.score for shard in trial.shards) / num,
+            loss=sum(shard.loss for shard in trial.shards) / num,
+            complete=trial.judged,
+            trained=asked.weights != self.dense
+            or (training is not None and bool(training.epochs or training.steps)),
+            reconstructed=asked.reconstruct is not None,
+        )
+
+    def judge(self, candidate: Candidate) -> Trial:
+        """Looks at a candidate on validation data; the ledger answers what was judged before."""
+        return self.executor.evaluate([candidate])[0]
+
+    def _masked(self, candidate: Candidate) -> int:
+        """Single weights that are masked."""
+        ranking = self.executor.rankings.get(candidate.ranking)
+        if ranking is None or ranking.kind != "weights":
+            return 0
+        return sum(ranking.orders[name].numel() - count for name, count in candidate.kept)
+
+
+class Recorder:
+    """Writes a trial's points, each model once, at the step that first saw it.
+
+    Args:
+        path: Of the file, written anew: a search that starts again replays its steps.
+        pricer: Makes points.
+        name: Of the trial.
+    """
+
+    def __init__(self, path: Path, pricer: Pricer, name: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+        self._path, self._pricer, self._name = path, pricer, name
+        self._seen: dict[str, int] = {}
+
+    def add(self, step: int, trials: Sequence[Trial]) -> None:
+        """Writes the points of a step; looks at the dense model are none of the search's."""
+        lines = []
+        for trial in trials:
+            asked = trial.candidate
+            if asked.weights == self._pricer.dense and not asked.kept and asked.training is None:
+                continue
+            point = self._pricer.point(trial, self._name, step)
+            # What a race dropped may be judged in full later.
+            if point is None or self._seen.get(point.id, -1) >= point.complete:
+                continue
+            self._seen[point.id] = int(point.complete)
+            lines.append(json.dumps(asdict(point)) + "\n")
+        if lines:
+            with self._path.open("a") as file:
+                file.write("".join(lines))
+
+
+def read_points(path: Path) -> list[Point]:
+    """What a `Recorder` wrote; nothing if there is no file."""
+    if not path.exists():
+        return []
+    found: dict[str, Point] = {}
+    for line in path.read_text().splitlines(keepends=True):
+        if line.endswith("\n"):  # else a process was killed as it wrote
+            point = _point(json.loads(line))
+            found[point.id] = point
+    return list(found.values())
+
+
+def gather(
+    plan: Plan, trials: Sequence[TrialResult], winners: Mapping[str, Candidate], pricer: Pricer
+) -> list[Point]:
+    """The points of a job, marked: dense, what each trial's search judged, and its final model.
+
+    Args:
+        plan: The job.
+        trials: Finished, or as far as they came.
+        winners: What the search of each finished trial returned, by trial.
+        pricer: With rankings of the winners.
+    """
+    found = [pricer.point(pricer.judge(Candidate(pricer.dense)), stage="dense")]
+    for trial in trials:
+        found += read_points(points_path(plan.output, trial.name))
+        if not trial.rows:
+            continue
+        winner = winners[trial.name]
+        model = replace(
+            winner, weights=trial.weights, training=None, recalibrate=0, reconstruct=None
+        )
+        final = pricer.point(pricer.judge(model), trial.name, stage="final")
+        if final is not None:
+            imitated = plan.config.reconstruct and bool(winner.kept)
+            found.append(
+                replace(
+                    final,
+                    trained=plan.config.recover is not None or winner.weights != pricer.dense,
+                    reconstructed=imitated or winner.reconstruct is not None,
+                )
+            )
+    return marked([point for point in found if point is not None])
+
+
+def _point(values: Mapping[str, Any]) -> Point:
+    lists = {name: tuple(values[name]) for name in ("fronts", "search_fronts")}
+    return Point(**{**values, **lists})
+
+
+def origin_of(executor: LedgerExecutor, dense: str) -> dict[str, str]:
+    """What a job's points mean something for: its task, data, structure and dense weights."""
+    info = executor.info
+    return {
+        "task": info.task,
+        "data": info.data,
+        "structure": structure_digest(executor.structure),
+        "weights": dense,
+    }
+
+
+FLAGS = {"fronts": "on_front", "search_fronts": "on_search_front"}
+
+
+def write_table(points: Sequence[Point], path: Path, origin: Mapping[str, str]) -> None:
+    """Writes points as Parquet.
+
+    Args:
+        points: Marked.
+        path: Of the file.
+        origin: What the points mean something for, such as the task's digest; kept as metadata.
+    """
+    rows = []
+    for point in points:
+        row = asdict(point)
+        kept = dict(json.loads(point.candidate)["kept"])
+        row["kept"] = json.dumps(kept)
+        for name, flag in FLAGS.items():
+            marks = row.pop(name)
+            row |= {f"{flag}_{_short(r)}": r in marks for r in RESOURCES}
+        rows.append(row)
+    types = {int: pyarrow.int64(), float: pyarrow.float64(), bool: pyarrow.bool_()}
+    columns = {"step": int, "macs": int, "params": int, "latency_ms": float}
+    columns |= {"score": float, "loss": float}
+    columns |= dict.fromkeys(("complete", "trained", "reconstructed"), bool)
+    columns |= {f"{flag}_{_short(r)}": bool for flag in FLAGS.values() for r in RESOURCES}
+    names = [f.name for f in fields(Point) if f.name not in FLAGS]
+    names = [*names, "kept", *(n for n in columns if n.startswith("on_"))]
+    schema = pyarrow.schema(
+        [(n, types[columns[n]] if n in columns else pyarrow.string()) for n in names],
+        metadata={"raycompress": json.dumps(dict(origin))},
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), path)
+
+
+def read_table(path: Path) -> tuple[list[Point], dict[str, str]]:
+    """The points and the origin that `write_table` was given."""
+    table = pyarrow.parquet.read_table(path)
+    origin: dict[str, str] = json.loads(table.schema.metadata[b"raycompress"])
+    points = []
+    for row in table.to_pylist():
+        marks = {
+            name: tuple(r for r in RESOURCES if row.pop(f"{flag}_{_short(r)}"))
+            for name, flag in FLAGS.items()
+        }
+        row.pop("kept")
+        points.append(_point({**row, **marks}))
+    return points, origin
+
+
+def _short(resource: str) -> str:
+    return resource.removesuffix("_ms")
