@@ -47,6 +47,9 @@ Output = Annotated[
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON on stdout.")]
+Changed = Annotated[
+    bool, typer.Option("--changed", help="Go on in an output that holds other settings.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
 
 
@@ -109,14 +112,14 @@ def _located(error: InputError, source: Source) -> InputError:
     return type(error)("\n".join(source.located(line) for line in str(error).splitlines()))
 
 
-def _run(config: JobConfig, json: bool, quiet: bool) -> None:
+def _run(config: JobConfig, json: bool, quiet: bool, changed: bool) -> None:
     from raycompress.driver import run
     from raycompress.progress import progress_for
     from raycompress.tracking.report import cost_table, front_table, report_table
 
     progress = progress_for(quiet)
     with nothing_on_stdout():
-        result = run(config, progress=progress)
+        result = run(config, progress=progress, changed=changed)
     console = Console(stderr=json, width=None if sys.stdout.isatty() else 200)
     console.print(report_table(result))
     if result.front:
@@ -147,10 +150,11 @@ def run(
     output: Output = None,
     json: Json = False,
     quiet: Quiet = False,
+    changed: Changed = False,
     debug: Debug = False,
 ) -> None:
     """Run a job; the same command continues one that was stopped."""
-    _with_job(lambda config: _run(config, json, quiet), job, set_, output, debug)
+    _with_job(lambda config: _run(config, json, quiet, changed), job, set_, output, debug)
 
 
 @app.command(epilog=EPILOG)
@@ -160,6 +164,7 @@ def sensitivity(
     output: Output = None,
     json: Json = False,
     quiet: Quiet = False,
+    changed: Changed = False,
     debug: Debug = False,
 ) -> None:
     """Run a job's sensitivity analysis alone."""
@@ -170,7 +175,7 @@ def sensitivity(
         from raycompress.config import SensitivityConfig
 
         config = replace(config, sensitivity=config.sensitivity or SensitivityConfig(), pruners=())
-        _run(config, json, quiet)
+        _run(config, json, quiet, changed)
 
     _with_job(action, job, set_, output, debug)
 

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from raycompress.config import JobConfig
-from raycompress.errors import ConfigError, InterruptedJob, RaycompressError
+from raycompress.errors import InterruptedJob
 from raycompress.executor import LedgerExecutor
 from raycompress.job import Backend, LocalBackend, OnReport, run_job
-from raycompress.ledger import Ledger
-from raycompress.loading import dump_job, job_key, load_job, parse_job
+from raycompress.ledger import Ledger, read_ledger
+from raycompress.loading import job_key, load_job, parse_job
+from raycompress.output import check_changes, keep_job, lock
 from raycompress.plan import Plan, prepare
 from raycompress.progress import Progress, SilentProgress
 from raycompress.publish import check_tracking, open_tracker, publish
 from raycompress.results import JobResult
-from raycompress.tracking.address import masked_uri
 from raycompress.trial import Shared
 
 __all__ = ["RayBackend", "run", "validate"]
@@ -98,13 +96,18 @@ def validate(job: JobConfig | Mapping[str, Any] | str | Path, *, tracking: bool 
 
 
 def run(
-    job: JobConfig | Mapping[str, Any] | str | Path, *, progress: Progress | None = None
+    job: JobConfig | Mapping[str, Any] | str | Path,
+    *,
+    progress: Progress | None = None,
+    changed: bool = False,
 ) -> JobResult:
     """Runs a compression job to its end; the same job again continues where it was stopped.
 
     Args:
         job: A job, plain data as in a job file, or the path of one.
         progress: Told of stages; None says nothing.
+        changed: Go on in an output that holds the job with other settings: what still holds is
+            kept, results are replaced. False refuses.
 
     Returns:
         What was found; it is also in `<output>/results` and in MLflow.
@@ -118,7 +121,9 @@ def run(
     shown = progress if progress is not None else SilentProgress()
     with ExitStack() as stack:
         stack.callback(shown.close)
-        stack.enter_context(_lock(plan.output))
+        stack.enter_context(lock(plan.output))
+        if not changed:
+            check_changes(plan.config, plan.output)
         stack.enter_context(_terminable())
         try:
             return _run(plan, shown, stack)
@@ -130,7 +135,10 @@ def run(
 
 def _run(plan: Plan, progress: Progress, stack: ExitStack) -> JobResult:
     config = plan.config
-    (plan.output / "job.yaml").write_text(dump_job(_without_password(config)))
+    keep_job(config, plan.output)
+    kept = len(read_ledger(plan.output / "ledger"))
+    if kept:
+        progress.message(f"Continues: {kept} finished units of work are in {plan.output}")
     progress.stage("Open the tracking store")
     tracker = open_tracker(plan, job_key(config))
     status = "FAILED"
@@ -166,36 +174,6 @@ def _config(job: JobConfig | Mapping[str, Any] | str | Path) -> JobConfig:
     if isinstance(job, str | Path):
         return load_job(job)
     return parse_job(job)
-
-
-def _without_password(config: JobConfig) -> JobConfig:
-    """The job as it is kept and logged."""
-    uri = config.tracking.uri
-    if uri is None:
-        return config
-    return replace(config, tracking=replace(config.tracking, uri=masked_uri(uri)))
-
-
-@contextmanager
-def _lock(output: Path) -> Iterator[None]:
-    """One driver for each output."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        file = (output / "lock").open("a+")
-    except OSError as error:
-        raise ConfigError(f"output {output} can't be made: {error.strerror}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise RaycompressError(
-                f"another job writes to {output} (process {file.read().strip() or 'unknown'})"
-            ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
 
 
 @contextmanager

@@ -123,7 +123,7 @@ def test_unreachable_latency_ends_before_the_search(done, tmp_path):
     shutil.copytree(output, copied)
     job = {**JOB, "output": str(copied), "budgets": [{"latency_ms": 1e-6}]}
     with pytest.raises(BudgetError, match=r"latency_ms 1e-06 can't be reached.*keeps latency_ms"):
-        run(job)
+        run(job, changed=True)
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ def test_a_second_driver_is_refused(done):
     )
     try:
         assert holder.stdout.readline() == b"held\n"
-        with pytest.raises(RaycompressError, match="another job writes to"):
+        with pytest.raises(RaycompressError, match="another driver"):
             run({**JOB, "output": str(output)})
     finally:
         holder.kill()

@@ -1,0 +1,126 @@
+"""A job's output folder: one driver at a time, and one job, whose settings `job.yaml` keeps."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from raycompress.config import JobConfig
+from raycompress.errors import ConfigError, InputError
+from raycompress.loading import NOT_RESULTS, build_pruner, dump_job, parse_job
+from raycompress.source import Source, plain
+from raycompress.tracking.address import masked_uri
+from raycompress.wording import KeyPath, dotted, shown
+
+__all__ = ["check_changes", "keep_job", "lock"]
+
+LISTS = ("pruners", "budgets", "seeds")
+"""Keys whose lists may grow: what was found for the entries that stay is still true."""
+FREE = (("tune", "num_samples"), ("tune", "keep"))
+"""Keys that say how much of the same is done."""
+
+
+@contextmanager
+def lock(output: Path) -> Iterator[None]:
+    """Holds an output folder, made if it isn't there, for this driver alone.
+
+    Raises:
+        ConfigError: It can't be made, or another driver holds it.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        file = (output / "lock").open("a+")
+    except OSError as error:
+        raise ConfigError(f"output {output} can't be made: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ConfigError(
+                f"output {output} is being written by another driver "
+                f"({file.read().strip() or 'unknown'}); wait for it or stop it, or give another "
+                "--output"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def keep_job(config: JobConfig, output: Path) -> None:
+    """Writes `job.yaml`, without passwords."""
+    uri = config.tracking.uri
+    if uri is not None:
+        config = replace(config, tracking=replace(config.tracking, uri=masked_uri(uri)))
+    temporary = output / ".job.yaml.partial"
+    temporary.write_text(dump_job(config))
+    os.replace(temporary, output / "job.yaml")
+
+
+def check_changes(config: JobConfig, output: Path) -> None:
+    """Refuses to mix two jobs in one output.
+
+    The same job continues. So does one that asks for more pruners, budgets, seeds or samples, and
+    with or without a sensitivity analysis; where and how it runs may change as well.
+
+    Raises:
+        ConfigError: With each key that changed, its old and its new value.
+    """
+    path = output / "job.yaml"
+    if not path.exists():
+        return
+    try:
+        old = _settings(parse_job(Source.read(path).data))
+    except InputError as error:
+        raise ConfigError(
+            f"output {output} holds a job that can't be read any more ({error}); give another "
+            "--output, or go on with --changed, which keeps what still holds"
+        ) from error
+    changes = list(_changes(old, _settings(config), ()))
+    if changes:
+        name = Source.read(path).data["name"]
+        raise ConfigError(
+            "\n".join(changes)
+            + f"\noutput {output} holds the job {name!r} with other settings; change them back to "
+            "continue it, give another --output, or go on with --changed, which keeps what still "
+            "holds and replaces the results"
+        )
+
+
+def _settings(config: JobConfig) -> dict[str, Any]:
+    """What results depend on, every default written out."""
+    content = {k: v for k, v in plain(asdict(config)).items() if k not in NOT_RESULTS}
+    content["pruners"] = [_whole(entry) for entry in content["pruners"]]
+    return content
+
+
+def _whole(entry: Mapping[str, Any]) -> dict[str, Any]:
+    with contextlib.suppress(InputError):  # spaces stand for values
+        return {"type": entry["type"], **plain(asdict(build_pruner(entry)))}
+    return dict(entry)
+
+
+def _changes(old: object, new: object, path: KeyPath) -> Iterator[str]:
+    if old == new or path in FREE or (path == ("sensitivity",) and None in (old, new)):
+        return
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in {**old, **new}:
+            yield from _changes(old.get(key), new.get(key), (*path, key))
+    elif isinstance(old, list) and isinstance(new, list):
+        if path in [(name,) for name in LISTS] and all(item in new for item in old):
+            return
+        if len(old) == len(new):
+            for index, (one, two) in enumerate(zip(old, new, strict=True)):
+                yield from _changes(one, two, (*path, index))
+            return
+        yield f"{dotted(path)} was {shown(old)}, now {shown(new)}"
+    else:
+        yield f"{dotted(path)} was {shown(old)}, now {shown(new)}"
