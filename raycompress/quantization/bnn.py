@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from raycompress.errors import TaskError
+from raycompress.errors import ConfigError, TaskError
 from raycompress.method import TrainingMethod, TrainingRun
+from raycompress.quantization.layers import attach, quantized_layers
+from raycompress.quantization.quantizer import Bits, Quantizer, default_layers
 from raycompress.steps import after_step, stepped
 
-__all__ = ["ClipWeights", "SignInput", "SignWeight", "binarize"]
+__all__ = ["BNN", "ClipWeights", "SignInput", "SignWeight", "binarize"]
 
 
 class _Sign(torch.autograd.Function):
@@ -109,3 +111,56 @@ class ClipWeights(TrainingMethod):
         clip()
         with after_step(run.model, clip):
             yield
+
+
+@dataclass(frozen=True, kw_only=True)
+class BNN(Quantizer):
+    """Weights and inputs are -1 or 1; layers in the order layer, pooling, norm, Hardtanh.
+
+    Attributes:
+        first: The first layer: "float", or "weights": binary weights on the input as it is (the
+            paper's, whose input has 8 bits; section 1.5).
+        last: The last layer: "float", or "binary" (the paper's, with a norm behind it).
+    """
+
+    first: Literal["float", "weights"] = "float"
+    last: Literal["float", "binary"] = "float"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("first", ("float", "weights")), ("last", ("float", "binary"))):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(
+                    f"{name} must be {' or '.join(allowed)}, got {getattr(self, name)!r}"
+                )
+
+    def choose(self, model: nn.Module) -> dict[str, Bits]:
+        """All layers; the first and the last as their fields say."""
+        names = default_layers(model)
+        choices = dict.fromkeys(names, Bits(weight=1, input=1))
+        if self.last == "float":
+            del choices[names[-1]]
+        if self.first == "weights":
+            choices[names[0]] = Bits(weight=1)
+        else:
+            choices.pop(names[0], None)
+        return choices
+
+    def prepare(self, model: nn.Module, choices: Mapping[str, Bits]) -> None:
+        """Takes the signs of weights and inputs of the chosen layers."""
+        for name, bits in choices.items():
+            if bits.output is not None or {bits.weight, bits.input} - {1, None}:
+                raise ConfigError(
+                    f"BNN has one bit for weights and inputs, and none for outputs: {name}: {bits}"
+                )
+        for name, bits in choices.items():
+            attach(
+                model.get_submodule(name),
+                weight=None if bits.weight is None else SignWeight(),
+                input=None if bits.input is None else SignInput(name),
+            )
+
+    def methods(self, model: nn.Module) -> tuple[TrainingMethod, ...]:
+        """Keeps the binary layers' weights within [-1, 1]."""
+        layers = quantized_layers(model)
+        binary = [n for n, m in layers.items() if isinstance(m.weight_quantizer, SignWeight)]
+        return (ClipWeights(parameters=tuple(f"{name}.weight" for name in binary)),)

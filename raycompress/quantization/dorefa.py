@@ -5,13 +5,20 @@ Shapes: weights of any shape, one layer at a time; activations and gradients hav
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from raycompress.errors import ConfigError
+from raycompress.quantization.layers import attach
+from raycompress.quantization.quantizer import Bits, Quantizer, inner_layers
+
 __all__ = [
     "ActivationRounding",
+    "DoReFa",
     "GradientRounding",
     "WeightRounding",
     "binarize_by_mean",
@@ -169,3 +176,51 @@ class GradientRounding(WeightRounding):
             return x
         same: Tensor = _Gradient.apply(x, self.bits)  # type: ignore[no-untyped-call]
         return same
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoReFa(Quantizer):
+    """Few bits for weights, what layers are given, and the gradients of what they return.
+
+    A norm belongs behind each quantized layer, since weights lose their scale. The first and the
+    last layer stay in float unless they are asked for (section 2.6).
+
+    Attributes:
+        weight_bits: 1 to 8; 32: float.
+        activation_bits: 1 to 8; 32: float.
+        gradient_bits: 1 to 8; 32: float. In training alone.
+    """
+
+    weight_bits: int = 1
+    activation_bits: int = 2
+    gradient_bits: int = 32
+
+    def __post_init__(self) -> None:
+        for name in ("weight_bits", "activation_bits", "gradient_bits"):
+            _check(name, getattr(self, name))
+
+    def choose(self, model: nn.Module) -> dict[str, Bits]:
+        """All layers but the first and the last."""
+        bits = Bits(weight=self.weight_bits, input=self.activation_bits)
+        return dict.fromkeys(inner_layers(model), bits)
+
+    def prepare(self, model: nn.Module, choices: Mapping[str, Bits]) -> None:
+        """Rounds the weights and inputs of the chosen layers."""
+        for name, bits in choices.items():
+            if bits.output is not None:
+                raise ConfigError(f"DoReFa quantizes no outputs, got {bits.output} bits: {name}")
+            for part in ("weight", "input"):
+                if getattr(bits, part) is not None:
+                    _check(f"{part} bits of {name}", getattr(bits, part))
+        for name, bits in choices.items():
+            attach(
+                model.get_submodule(name),
+                weight=None if bits.weight in (None, 32) else WeightRounding(bits.weight),
+                input=None if bits.input in (None, 32) else ActivationRounding(bits.input),
+                output=None if self.gradient_bits == 32 else GradientRounding(self.gradient_bits),
+            )
+
+
+def _check(name: str, bits: int) -> None:
+    if not (1 <= bits <= 8 or bits == 32):
+        raise ConfigError(f"{name} must be between 1 and 8, or 32 for float, got {bits}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from raycompress.errors import ConfigError
 from raycompress.method import TrainingMethod, TrainingRun
+from raycompress.quantization.layers import attach
+from raycompress.quantization.quantizer import Bits, Quantizer, default_layers
 from raycompress.steps import after_step, before_step, stepped
 
-__all__ = ["LearnedStep", "StepSizes", "first_step_size", "quantize_with_step"]
+__all__ = ["LSQ", "LearnedStep", "StepSizes", "first_step_size", "quantize_with_step"]
 
 
 class _LSQ(torch.autograd.Function):
@@ -156,3 +159,72 @@ class StepSizes(TrainingMethod):
             around.enter_context(before_step(run.model, take_out))
             around.enter_context(after_step(run.model, put_back))
             yield
+
+
+@dataclass(frozen=True, kw_only=True)
+class LSQ(Quantizer):
+    """Step sizes of weights and inputs are learned with the weights.
+
+    Attributes:
+        weight_bits: 2 to 8.
+        activation_bits: 2 to 8.
+        end_bits: Of weights and inputs of the first and the last layer, 2 to 8 (section 3).
+    """
+
+    weight_bits: int = 4
+    activation_bits: int = 4
+    end_bits: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("weight_bits", "activation_bits", "end_bits"):
+            _check(name, getattr(self, name))
+
+    def choose(self, model: nn.Module) -> dict[str, Bits]:
+        """All layers; the first and the last with `end_bits`."""
+        names = default_layers(model)
+        choices = dict.fromkeys(names, Bits(weight=self.weight_bits, input=self.activation_bits))
+        ends = Bits(weight=self.end_bits, input=self.end_bits)
+        return {**choices, names[0]: ends, names[-1]: ends}
+
+    def prepare(self, model: nn.Module, choices: Mapping[str, Bits]) -> None:
+        """Gives the chosen layers step sizes; those of inputs wait for data."""
+        for name, bits in choices.items():
+            if bits.output is not None:
+                raise ConfigError(f"LSQ quantizes no outputs, got {bits.output} bits: {name}")
+            for part in ("weight", "input"):
+                if getattr(bits, part) is not None:
+                    _check(f"{part} bits of {name}", getattr(bits, part))
+        for name, bits in choices.items():
+            layer = model.get_submodule(name)
+            weight = layer.get_parameter("weight")
+            attach(
+                layer,
+                weight=None if bits.weight is None else LearnedStep(bits.weight, weight),
+                input=None if bits.input is None else LearnedStep(bits.input),
+            )
+
+    def calibrate(
+        self, model: nn.Module, forward: Callable[[nn.Module, Any], Any], batches: Iterable[Any]
+    ) -> None:
+        """Sets the step sizes of inputs by the first batch, layer after layer."""
+        steps = [m for m in model.modules() if isinstance(m, LearnedStep)]
+        modes = [step.training for step in steps]
+        for step in steps:
+            step.train()
+        with torch.no_grad():
+            for batch in batches:
+                forward(model, batch)
+                break
+        for step, mode in zip(steps, modes, strict=True):
+            step.train(mode)
+
+    def methods(self, model: nn.Module) -> tuple[TrainingMethod, ...]:
+        """Step sizes aren't decayed and stay above 0."""
+        return (StepSizes(),)
+
+
+def _check(name: str, bits: int) -> None:
+    if not 2 <= bits <= 8:
+        raise ConfigError(
+            f"{name} must be between 2 and 8, got {bits}; DoReFa and BNN have one bit"
+        )

@@ -1,0 +1,1 @@
+"""Quantizers: frozen dataclasses whose fields are their YAML keys."""

@@ -1,0 +1,1 @@
+"""Quantized models as files, and on runtimes that compute in integers."""
