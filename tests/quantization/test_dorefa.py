@@ -4,14 +4,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+from raycompress.errors import ConfigError
 from raycompress.quantization.dorefa import (
+    DoReFa,
     GradientRounding,
     binarize_by_mean,
     quantize_activation,
     quantize_gradient,
     quantize_weight,
 )
+from raycompress.quantization.layers import quantized_layers
+from raycompress.quantization.quantizer import Bits
+from raycompress.testing import ToyNet, ToyTask
 
 
 def test_weights_by_hand():
@@ -139,3 +145,58 @@ def test_gradients_are_quantized_in_training_alone():
     levels = torch.tensor([-1, -1 / 3, 1 / 3, 1])
     assert (grads[True].T - levels).abs().min(dim=1).values.max() < 1e-6
     assert not torch.equal(grads[True], upstream)
+
+
+def test_the_first_and_the_last_layer_stay_in_float():
+    model = ToyNet()
+    quantizer = DoReFa(weight_bits=2, activation_bits=3, gradient_bits=4)
+    choices = quantizer.choose(model)
+    assert choices == dict.fromkeys(["conv2", "conv3"], Bits(weight=2, input=3))
+    keys = set(model.state_dict())
+    quantizer.prepare(model, choices)
+    assert set(model.state_dict()) == keys
+    assert list(quantized_layers(model)) == ["conv2", "conv3"]
+    assert len(model.conv2.quantized_weight().unique()) <= 4
+    assert type(model.conv1) is nn.Conv2d and type(model.fc) is nn.Linear
+    seen = []
+    model.conv2.input_quantizer.register_forward_hook(lambda *args: seen.append(args[2]))
+    model.eval()(torch.randn(4, 2, 6, 6))
+    assert set((seen[0] * 7).round().unique().tolist()) <= set(range(8))
+    assert torch.allclose(seen[0] * 7, (seen[0] * 7).round(), atol=1e-5)
+    with pytest.raises(ConfigError, match="no layer between its first and its last"):
+        quantizer.choose(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+
+
+def test_thirty_two_bits_train_as_float():
+    task = ToyTask()
+    plain, model = task.build_model(), task.build_model()
+    quantizer = DoReFa(weight_bits=32, activation_bits=32, gradient_bits=32)
+    quantizer.prepare(model, quantizer.choose(model))
+    for each in (plain, model):
+        task.train(each, epochs=1)
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+
+
+def test_quantized_gradients_reach_the_weights_and_the_weights_stay_float():
+    task = ToyTask()
+    model = task.build_model()
+    quantizer = DoReFa(weight_bits=1, activation_bits=4, gradient_bits=6)
+    quantizer.prepare(model, quantizer.choose(model))
+    seen = []
+    model.conv2.output_quantizer.register_full_backward_hook(lambda m, i, o: seen.append(i[0]))
+    before = model.conv2.weight.detach().clone()
+    task.train(model, epochs=2)
+    assert len(seen[0].unique()) > 2
+    for example in seen[0][:4]:
+        levels = (example / example.abs().max() + 1) / 2 * 63
+        assert torch.allclose(levels, levels.round(), atol=1e-3)
+    assert len(model.conv2.weight.unique()) > 100
+    assert not torch.equal(before, model.conv2.weight)
+
+
+@pytest.mark.parametrize("key", ["weight_bits", "activation_bits", "gradient_bits"])
+@pytest.mark.parametrize("bits", [0, 9, 16])
+def test_bits_are_checked(key, bits):
+    with pytest.raises(ConfigError, match=f"{key} must be between 1 and 8, or 32 for float, got"):
+        DoReFa(**{key: bits})

@@ -5,15 +5,19 @@ import pytest
 import torch
 from torch import nn
 
+from raycompress.errors import ConfigError
 from raycompress.method import TrainingRun
 from raycompress.quantization.lsq import (
+    LSQ,
     LearnedStep,
     StepSizes,
     first_step_size,
     quantize_with_step,
 )
+from raycompress.quantization.quantizer import Bits
 from raycompress.structure import Structure
 from raycompress.task import Task
+from raycompress.testing import ToyNet, ToyTask
 
 
 def test_values_by_hand():
@@ -173,3 +177,52 @@ def test_step_sizes_stay_above_zero():
     model.quantizer.step.grad = torch.tensor(1e6)
     optimizer.step()
     assert model.quantizer.step.item() < 0  # what it would come to otherwise
+
+
+def _prepared(quantizer: LSQ) -> tuple[ToyTask, nn.Module]:
+    task = ToyTask()
+    model = task.build_model()
+    quantizer.prepare(model, quantizer.choose(model))
+    data = task.dataset("calibration")
+    quantizer.calibrate(model, task.forward, task.batches(data, range(64), 32, "cpu"))
+    return task, model
+
+
+def test_the_ends_have_eight_bits_and_steps_come_from_the_first_batch():
+    quantizer = LSQ(weight_bits=2, activation_bits=3)
+    assert quantizer.choose(ToyNet()) == {
+        "conv1": Bits(weight=8, input=8),
+        "conv2": Bits(weight=2, input=3),
+        "conv3": Bits(weight=2, input=3),
+        "fc": Bits(weight=8, input=8),
+    }
+    task, model = _prepared(quantizer)
+    first = task.dataset("calibration").tensors[0][:32]
+    step = model.conv1.input_quantizer
+    assert step.step.item() == pytest.approx(2 * first.abs().mean().item() / math.sqrt(127))
+    assert (step.low, step.high) == (-128, 127)  # images have a sign
+    assert (model.conv2.input_quantizer.low, model.conv2.input_quantizer.high) == (0, 7)
+    assert len(model.conv2.quantized_weight().unique()) <= 4
+    assert model.conv2.input_quantizer.training == model.training
+
+
+def test_step_sizes_are_trained_by_the_tasks_own_optimizer():
+    task, model = _prepared(LSQ(weight_bits=3, activation_bits=3))
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, LearnedStep)}
+    before = {name: layer.step.item() for name, layer in layers.items()}
+    with StepSizes().around(_run(model)):
+        task.train(model, epochs=8)
+    for name, layer in layers.items():
+        assert 0 < layer.step.item() != before[name], name
+    data = task.dataset("test")
+    with torch.no_grad():
+        hits = (model(data.tensors[0]).argmax(1) == data.tensors[1]).float().mean()
+    assert hits > 0.8
+
+
+@pytest.mark.parametrize("bits", [1, 9])
+def test_bits_are_checked(bits):
+    with pytest.raises(ConfigError, match=f"weight_bits must be between 2 and 8, got {bits}; Do"):
+        LSQ(weight_bits=bits)
+    with pytest.raises(ConfigError, match="input bits of conv2 must be between 2 and 8"):
+        LSQ().prepare(ToyNet(), {"conv2": Bits(input=bits)})
