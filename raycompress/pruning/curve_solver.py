@@ -75,8 +75,8 @@ class CurveSolver(Pruner):
         probes: Fractions of a group's channels kept in its probes, each in (0, 1).
         share: Part of the validation split that probes are judged on, in whole shards.
         objective: "loss": lower validation loss wins (finer than accuracy); "score": the task's.
-        reconstruct: Calibration batches by which layers imitate the dense ones (least squares)
-            before anything is judged, and in the winner; 0: they stay as they are.
+        reconstruct: Before anything is judged, layers imitate the dense ones by least squares over
+            calibration batches; the winner keeps the weights that it was judged with.
         recalibrate: Calibration batches for norm statistics before judging; 0: none.
         iterations: Of the local search from the solution; 0: the solution wins.
         neighbours: Allocations that race against the best in each iteration.
@@ -85,11 +85,11 @@ class CurveSolver(Pruner):
         min_kept: Never fewer channels in a group.
     """
 
-    criterion: str = "l1"
+    criterion: str = "obs"
     probes: tuple[float, ...] = (0.75, 0.5, 0.3, 0.15, 0.05)
     share: float = 0.25
     objective: Literal["loss", "score"] = "loss"
-    reconstruct: int = 4
+    reconstruct: bool = True
     recalibrate: int = 0
     iterations: int = 4
     neighbours: int = 4
@@ -100,7 +100,6 @@ class CurveSolver(Pruner):
     def __post_init__(self) -> None:
         criterion(self.criterion, "CurveSolver.criterion", "channels")
         for name, least in (
-            ("reconstruct", 0),
             ("recalibrate", 0),
             ("iterations", 0),
             ("neighbours", 1),
@@ -259,9 +258,7 @@ class CurveSolver(Pruner):
         candidate = problem.candidate(counts, ranking, recalibrate=self.recalibrate)
         if not self.reconstruct:
             return candidate
-        return replace(
-            candidate, reconstruct=Reconstruction(problem.weights, batches=self.reconstruct)
-        )
+        return replace(candidate, reconstruct=Reconstruction(problem.weights))
 
     def _energy(self, trial: Trial) -> float:
         return trial.loss if self.objective == "loss" else -trial.score

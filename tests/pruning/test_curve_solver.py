@@ -29,7 +29,7 @@ class TestContract(PrunerContract):
 
 
 class TestContractWithoutData(PrunerContract):
-    pruner = CurveSolver(iterations=0, reconstruct=0, recalibrate=1, criterion="taylor")
+    pruner = CurveSolver(iterations=0, reconstruct=False, recalibrate=1, criterion="taylor")
     budget: ClassVar = {"params": "30%"}
 
 
