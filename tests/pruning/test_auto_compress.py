@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from raycompress.driver import run
 from raycompress.errors import BudgetError, ConfigError
-from raycompress.pruning import AutoCompress
+from raycompress.pruning import AutoCompress, NNISimulatedAnnealing, SimulatedAnnealing
 from raycompress.pruning.admm import Projection
 from raycompress.pruning.pruner import allocator
 from raycompress.pruning.purification import purified, strengths
@@ -264,3 +264,24 @@ def test_a_job_ends_in_the_model_that_the_last_round_left(tmp_path):
     (tmp_path / "trials" / trial.name / "result.json").unlink()  # as if it had been stopped here
     (again,) = run(job).trials
     assert again.weights == trial.weights and again.evaluations == 0
+
+
+class Steps:
+    """Milliseconds that rise in steps of four channels, as on real devices."""
+
+    def latency_ms(self, kept=None):
+        counts = {"conv1": 8, "conv3": 16, **(kept or {})}
+        return 1.0 + sum((n + 3) // 4 + 0.1 * (n % 4 > 0) for n in counts.values())
+
+
+@pytest.mark.parametrize(
+    "pruner",
+    [QUICK, NNISimulatedAnnealing(), SimulatedAnnealing(iterations=2, recalibrate=0)],
+    ids=lambda pruner: type(pruner).__name__,
+)
+def test_latency_is_a_budget_too(tmp_path, pruner):
+    problem, executor = toy_problem(str(tmp_path), {"latency_ms": 4.2, "macs": "70%"})
+    problem = replace(problem, latency=Steps())
+    winner = run_search(pruner.search(problem), executor)
+    assert Steps().latency_ms(winner.counts) <= 4.2 < Steps().latency_ms()
+    assert problem.structure.cost(winner.counts).macs <= 0.7 * problem.structure.cost().macs
