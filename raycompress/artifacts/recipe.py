@@ -116,7 +116,13 @@ def load_recipe(path: str | Path, model: nn.Module) -> nn.Module:
         ArtifactError: the file is damaged, or was saved from another class or other arguments.
     """
     path = Path(path)
-    return apply_recipe(path, model, *read_recipe(path))
+    tensors, recipe = read_recipe(path)
+    if "packed" in recipe:
+        raise ArtifactError(
+            f"{path} holds packed weights: load it by "
+            "raycompress.quantization.lowering.packed.load_packed"
+        )
+    return apply_recipe(path, model, tensors, recipe)
 
 
 def read_recipe(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
