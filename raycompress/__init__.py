@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from raycompress.driver import run
     from raycompress.errors import RaycompressError, TaskError
     from raycompress.masks import Masks, hold, load_masks, masked_copy, save_masks
+    from raycompress.materialization import Materialized, materialize
     from raycompress.pruning import L1Filter, Level, Pruner, SimulatedAnnealing
     from raycompress.results import JobResult
     from raycompress.structure import analyze, slim, verify
@@ -28,6 +29,7 @@ _HOMES = {
     "L1Filter": "pruning",
     "Level": "pruning",
     "Masks": "masks",
+    "Materialized": "materialization",
     "Pruner": "pruning",
     "RaycompressError": "errors",
     "SimulatedAnnealing": "pruning",
@@ -41,6 +43,7 @@ _HOMES = {
     "load": "artifacts",
     "load_masks": "masks",
     "masked_copy": "masks",
+    "materialize": "materialization",
     "run": "driver",
     "save": "artifacts",
     "save_masks": "masks",
@@ -56,6 +59,7 @@ __all__ = [
     "L1Filter",
     "Level",
     "Masks",
+    "Materialized",
     "Pruner",
     "RaycompressError",
     "SimulatedAnnealing",
@@ -69,6 +73,7 @@ __all__ = [
     "load",
     "load_masks",
     "masked_copy",
+    "materialize",
     "run",
     "save",
     "save_masks",

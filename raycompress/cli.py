@@ -285,6 +285,52 @@ def report(
 
 
 @app.command(epilog=EPILOG)
+def materialize(
+    job: Annotated[Path, typer.Argument(help="A job file (YAML), or a job's output folder.")],
+    point: Annotated[
+        str, typer.Option("--point", help="Its id, or the id's first characters; see the report.")
+    ],
+    trial: Annotated[
+        str | None, typer.Option("--trial", help="Of this trial, where several have the point.")
+    ] = None,
+    recover: Annotated[
+        bool, typer.Option("--recover", help="Fine-tune it, as the job says under `recover`.")
+    ] = False,
+    set_: Set = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Make a verified model of any point that a finished job evaluated; searches nothing."""
+
+    def action() -> None:
+        from raycompress.materialization import materialize as build
+        from raycompress.progress import progress_for
+        from raycompress.tracking.report import models_table
+
+        progress = progress_for(quiet)
+        with nothing_on_stdout():
+            done = build(
+                job, point, trial=trial, recover=recover, overrides=set_ or (), progress=progress
+            )
+        console = Console(stderr=json, width=None if sys.stdout.isatty() else 200)
+        title = f"{done.point.id} of {done.point.trial or 'the dense model'}"
+        console.print(models_table(title, done.score_name, done.rows))
+        lines = [f"searched with: {done.score_name} {done.point.score:.4f} on validation data"]
+        if done.verification is not None:
+            kind, error = done.verification.kind, done.verification.max_error
+            lines.append(f"slim against masked: {kind} (relative error {error:.1e})")
+        lines += [f"note: {note}" for note in done.notes]
+        lines += [f"model: {path}" for path in done.models]
+        for line in lines:
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        if json:
+            print(done.to_json())
+
+    _guarded(action, debug)
+
+
+@app.command(epilog=EPILOG)
 def ui(
     output: Annotated[Path, typer.Argument(help="A job's output folder.")],
     port: Annotated[int, typer.Option(help="On 127.0.0.1.")] = 5000,

@@ -23,7 +23,7 @@ from raycompress.publish import check_tracking, open_tracker, publish
 from raycompress.results import JobResult
 from raycompress.trial import Shared
 
-__all__ = ["RayBackend", "run", "validate"]
+__all__ = ["RayBackend", "backend_of", "run", "terminable", "validate"]
 
 
 class RayBackend:
@@ -124,7 +124,7 @@ def run(
         stack.enter_context(lock(plan.output))
         if not changed:
             check_changes(plan.config, plan.output)
-        stack.enter_context(_terminable())
+        stack.enter_context(terminable())
         try:
             return _run(plan, shown, stack)
         except KeyboardInterrupt:
@@ -143,13 +143,7 @@ def _run(plan: Plan, progress: Progress, stack: ExitStack) -> JobResult:
     tracker = open_tracker(plan, job_key(config))
     status = "FAILED"
     try:
-        backend: Backend = LocalBackend()
-        if config.cluster.executor == "ray":
-            progress.stage("Connect to Ray")
-            from raycompress.distributed.cluster import connect
-
-            stack.enter_context(connect(config.cluster))
-            backend = RayBackend()
+        backend = backend_of(config, progress, stack)
         children = {trial.name: tracker.child(trial.name) for trial in plan.trials}
 
         def report(name: str, step: int, metrics: Mapping[str, float]) -> None:
@@ -168,6 +162,17 @@ def _run(plan: Plan, progress: Progress, stack: ExitStack) -> JobResult:
         tracker.finish(status)  # type: ignore[arg-type]
 
 
+def backend_of(config: JobConfig, progress: Progress, stack: ExitStack) -> Backend:
+    """Where a job's work runs; what it connects to is left with the stack."""
+    if config.cluster.executor != "ray":
+        return LocalBackend()
+    progress.stage("Connect to Ray")
+    from raycompress.distributed.cluster import connect
+
+    stack.enter_context(connect(config.cluster))
+    return RayBackend()
+
+
 def _config(job: JobConfig | Mapping[str, Any] | str | Path) -> JobConfig:
     if isinstance(job, JobConfig):
         return job
@@ -177,7 +182,7 @@ def _config(job: JobConfig | Mapping[str, Any] | str | Path) -> JobConfig:
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
+def terminable() -> Iterator[None]:
     """SIGTERM, which ends a submitted job, stops as Ctrl-C does."""
     if threading.current_thread() is not threading.main_thread():
         yield

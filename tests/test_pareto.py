@@ -26,7 +26,7 @@ JOB = {
         {"type": "NetAdapt", "iterations": 2, "epochs": 0.5},
         {"type": "L1Filter"},
     ],
-    "budgets": [{"macs": "50%"}],
+    "budgets": [{"params": "50%"}],
     "recover": {"epochs": 1.0},
     "latency": {"batch_sizes": [1], "repeats": 3},
     "cluster": {"executor": "local"},
@@ -145,7 +145,7 @@ def test_the_table_holds_everything_that_was_judged_on_validation_data(done):
         steps = [p.step for p in points if p.trial == trial.name and p.stage == "search"]
         assert max(steps) <= len(trial.curve) - 1
     trained = {p.trial for p in points if p.trained and p.stage == "search"}
-    assert trained == {"NetAdapt-macs50"}
+    assert trained == {"NetAdapt-params50"}
 
 
 def test_the_report_names_the_front_and_the_cost_and_no_test_score_marks_it(done):

@@ -9,7 +9,7 @@ from rich.table import Table
 from raycompress.pareto import Point
 from raycompress.results import JobResult, Limit, ModelRow, TrialResult
 
-__all__ = ["cost_table", "front_table", "report_markdown", "report_table"]
+__all__ = ["cost_table", "front_table", "models_table", "report_markdown", "report_table"]
 
 FRONT_ROWS = 10
 """Points of a front that are shown; they are spread evenly over it."""
@@ -22,12 +22,11 @@ def _number(value: float) -> str:
     return f"{value:g}"
 
 
-def _header(result: JobResult) -> list[str]:
-    sizes = [latency.batch_size for latency in result.dense.latency]
+def _header(name: str, dense: ModelRow) -> list[str]:
+    sizes = [latency.batch_size for latency in dense.latency]
     latencies = [
         title for size in sizes for title in (f"ms, batch {size} (p10-p90)", f"MB, batch {size}")
     ]
-    name = result.score_name
     return [
         "model",
         f"{name} validation",
@@ -98,10 +97,20 @@ def report_table(result: JobResult) -> Table:
         caption="1.5x: against the dense model timed in turns with it" if several else None,
         caption_justify="left",
     )
-    for index, name in enumerate(_header(result)):
+    for index, name in enumerate(_header(result.score_name, result.dense)):
         table.add_column(name, justify="left" if index == 0 else "right")
     for line in _lines(result):
         table.add_row(*line, style="dim" if line[0].endswith("masked") else "")
+    return table
+
+
+def models_table(title: str, score_name: str, rows: Sequence[ModelRow]) -> Table:
+    """A few models beside the dense one, which is the first of them; for a terminal."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for index, name in enumerate(_header(score_name, rows[0])):
+        table.add_column(name, justify="left" if index == 0 else "right")
+    for row in rows:
+        table.add_row(*_cells(row, row.name, rows[0]), style="dim" if row.name == "masked" else "")
     return table
 
 
@@ -202,7 +211,7 @@ def _front_section(result: JobResult) -> list[str]:
 def report_markdown(result: JobResult) -> str:
     """The report as Markdown."""
     result = _first(result)
-    header = _header(result)
+    header = _header(result.score_name, result.dense)
     parts = [f"# {result.name}", ""]
     parts += [_row(header), _row(["---"] * len(header)), *(_row(line) for line in _lines(result))]
     parts += [

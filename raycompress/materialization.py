@@ -1,0 +1,247 @@
+"""Any point of a finished job's table as a verified model, without searching again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from raycompress.artifacts import save
+from raycompress.config import JobConfig
+from raycompress.driver import backend_of, terminable, validate
+from raycompress.errors import (
+    ArtifactError,
+    ConfigError,
+    InterruptedJob,
+    RaycompressError,
+    TaskError,
+)
+from raycompress.finish import (
+    Finished,
+    final_model,
+    finish_candidate,
+    measure_dense,
+    reconstructed,
+    recovery,
+)
+from raycompress.identity import data_digest, structure_digest, task_digest
+from raycompress.job import Backend
+from raycompress.ledger import Ledger
+from raycompress.loading import load_source
+from raycompress.output import lock
+from raycompress.pareto import Point
+from raycompress.plan import Plan
+from raycompress.points import read_table
+from raycompress.progress import Progress, SilentProgress
+from raycompress.results import ModelRow, Verification
+from raycompress.search import Candidate, Training
+from raycompress.task import SPLITS
+from raycompress.trial import load_ranking, write_json
+from raycompress.weights import WeightStore
+from raycompress.wording import near
+
+__all__ = ["Materialized", "materialize"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Materialized:
+    """A point's model.
+
+    Attributes:
+        point: What the search knew of it.
+        folder: Of its files: models, masks, kept channels by group, this summary.
+        models: Files that `raycompress.load` reads: onto the class, and a program without it.
+        score_name: What the scores are.
+        rows: "dense", "masked", and "slim" if channels were removed; measured now.
+        verification: Of slim against masked; None where nothing was slimmed.
+        recovered: It was fine-tuned.
+        notes: What a reader should know.
+    """
+
+    point: Point
+    folder: str
+    models: tuple[str, ...]
+    score_name: str
+    rows: tuple[ModelRow, ...]
+    verification: Verification | None = None
+    recovered: bool = False
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> str:
+        """Indented JSON."""
+        return json.dumps(asdict(self), indent=1, allow_nan=False)
+
+
+def materialize(
+    job: str | Path,
+    point: str,
+    *,
+    trial: str | None = None,
+    recover: bool = False,
+    overrides: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> Materialized:
+    """Builds, verifies, measures and saves a point of a finished job's table.
+
+    It is built as it was judged: from the weights, the ranking and the trained weights that the
+    output holds by digest, reconstructed and recalibrated as the search did. Files go below
+    `<output>/materialized/<id>`, those of a fine-tuned model below `<id>/recovered`.
+
+    Args:
+        job: A job file, or a job's output folder.
+        point: Its id in `results/pareto.parquet`, or so many first characters that no other has.
+        trial: Whose point, where several trials have it: its seed is that of fine-tuning.
+        recover: Fine-tune it, as the job says under `recover`.
+        overrides: Of keys of the job, such as "recover.epochs=5".
+        progress: Told of stages; None says nothing.
+
+    Raises:
+        ConfigError: There is no finished job, or no such point or trial.
+        TaskError: Task, data or model aren't those of the job any more.
+        VerificationError: The slim model doesn't compute what the masked one does.
+        RaycompressError: Weights or rankings are gone, or nothing can be saved.
+        InterruptedJob: It was stopped by a signal.
+    """
+    config = _config(Path(job), overrides)
+    plan = validate(config, tracking=False)
+    path = plan.output / "results" / "pareto.parquet"
+    for needed in (plan.output / "results" / "summary.json", path):
+        if not needed.exists():
+            raise ConfigError(f"{plan.output} holds no finished job: no file {needed}")
+    points, origin = read_table(path)
+    chosen = _chosen(points, point, trial, path)
+    if recover and config.recover is None:
+        raise ConfigError(
+            "--recover: the job doesn't say how; give recover.epochs (--set recover.epochs=5)"
+        )
+    _check_origin(plan, origin)
+    shown = progress if progress is not None else SilentProgress()
+    with ExitStack() as stack:
+        stack.callback(shown.close)
+        stack.enter_context(lock(plan.output))
+        stack.enter_context(terminable())
+        try:
+            backend = backend_of(config, shown, stack)
+            return _materialize(plan, chosen, origin["weights"], recover, backend, shown)
+        except KeyboardInterrupt:
+            raise InterruptedJob("stopped; the same command starts again") from None
+
+
+def _config(job: Path, overrides: Sequence[str]) -> JobConfig:
+    job = job.expanduser()
+    if not job.is_dir():
+        return load_source(job, overrides)[0]
+    if not (job / "job.yaml").exists():
+        raise ConfigError(f"{job} holds no finished job: no file {job / 'job.yaml'}")
+    return load_source(job / "job.yaml", overrides, str(job.absolute()))[0]
+
+
+def _chosen(points: Sequence[Point], name: str, trial: str | None, path: Path) -> Point:
+    """The point that is asked for.
+
+    Raises:
+        ConfigError: There is none, or more than one.
+    """
+    trials = dict.fromkeys(p.trial for p in points if p.trial)
+    if trial is not None and trial not in trials:
+        known = f"; there are {', '.join(trials)}"
+        raise ConfigError(f"--trial: no trial {trial!r} in {path}{near(trial, trials, known)}")
+    own = [p for p in points if trial is None or p.trial == trial]
+    found = {p.id: p for p in reversed(own) if name and p.id.startswith(name)}
+    if not found:
+        best = sorted((p for p in own if p.fronts), key=lambda p: -p.score)[:3]
+        hint = f"; on the front are {', '.join(p.id for p in best)}" if best else ""
+        where = f" of trial {trial}" if trial is not None else ""
+        raise ConfigError(
+            f"--point: no point {name!r}{where} in {path}{near(name, [p.id for p in own], hint)}"
+        )
+    if len(found) > 1:
+        raise ConfigError(f"--point: {name!r} may be {' or '.join(sorted(found)[:5])}")
+    return next(iter(found.values()))
+
+
+def _check_origin(plan: Plan, origin: Mapping[str, str]) -> None:
+    """Raises a TaskError if a table's points speak of another task or model."""
+    data = {split: plan.task.dataset(split) for split in SPLITS}  # type: ignore[arg-type]
+    now = {
+        "task": (task_digest(plan.task), "its class, what it is made of, or its arguments"),
+        "data": (data_digest(data), "its data"),
+        "structure": (structure_digest(plan.structure), "its model's layers, or `structure`"),
+    }
+    for name, (digest, what) in now.items():
+        if digest != origin[name]:
+            raise TaskError(
+                f"task {plan.config.task} isn't the one that {plan.output} was made with: {what} "
+                f"changed ({name} digest {origin[name]}, now {digest}); bring it back, or run the "
+                "job again"
+            )
+
+
+def _materialize(
+    plan: Plan, point: Point, dense: str, recover: bool, backend: Backend, progress: Progress
+) -> Materialized:
+    store = WeightStore(plan.output / "weights")
+    weights = store.get(dense)
+    plan.model.load_state_dict(dict(weights.state))
+    candidate = Candidate.from_key(json.loads(point.candidate))
+    ranking = None
+    if candidate.ranking:
+        folder = plan.output / "rankings"
+        if not (folder / f"{candidate.ranking}.safetensors").exists():
+            raise RaycompressError(f"ranking {candidate.ranking} is not in {folder}")
+        ranking = load_ranking(candidate.ranking, folder)
+    seed = next((t.seed for t in plan.trials if t.name == point.trial), plan.config.seed)
+    folder = plan.output / "materialized" / point.id
+    training = Training(0.0)
+    if recover:
+        folder = folder / "recovered"
+        training = recovery(plan.config, seed, dense)
+        candidate = reconstructed(plan.config, candidate, dense)
+
+    def on_training(step: int, num_steps: int, loss: float) -> None:
+        progress.step(f"loss {loss:.4f}, step", step, num_steps)
+
+    with (
+        Ledger(plan.output / "ledger", "materialize") as ledger,
+        backend.pool(plan, ledger, on_training) as pool,
+    ):
+        pool.share(dense, weights)
+        if ranking is not None:
+            pool.publish(ranking)
+        progress.stage("Measure the dense model")
+        measured = measure_dense(plan, pool, dense)
+        progress.stage(f"Build, verify and measure {point.id}")
+        name = f"point {point.id}"
+        done = finish_candidate(plan, candidate, training, name, folder, pool, store, measured)
+    progress.stage("Save")
+    return _saved(plan, point, done, store, folder, recover)
+
+
+def _saved(
+    plan: Plan, point: Point, done: Finished, store: WeightStore, folder: Path, recover: bool
+) -> Materialized:
+    model = final_model(plan, store.get(done.candidate.weights))
+    models, notes = [], []
+    for suffix in (".safetensors", ".pt2"):
+        path = folder / f"model{suffix}"
+        try:
+            save(model, path, plan.task.example_inputs(), kept=done.counts)
+            models.append(str(path))
+        except ArtifactError as error:
+            notes.append(f"no {path.name}: {error}")
+    if not models:
+        raise ArtifactError(f"point {point.id} can't be saved: {'; '.join(notes)}")
+    result = Materialized(
+        point=point,
+        folder=str(folder),
+        models=tuple(models),
+        score_name=plan.task.score_name,
+        rows=done.rows,
+        verification=done.verification,
+        recovered=recover,
+        notes=tuple(notes),
+    )
+    write_json(folder / "summary.json", asdict(result))
+    return result
