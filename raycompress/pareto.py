@@ -31,8 +31,8 @@ class Point:
         latency_ms: As the job's latency table predicts; None without one.
         score: Mean over the validation data, higher is better; no test data.
         loss: The same, lower is better.
-        complete: All of the validation data was looked at; what a race dropped has seen a part,
-            and is on no front.
+        complete: All of the validation data was looked at; probes and what a race dropped have
+            seen a part, and are on no front.
         trained: Its weights were trained after pruning, or are those of a trained parent.
         reconstructed: Its layers imitate the dense ones by least squares.
         fronts: Resources by which nothing evaluated beats it: no model costs at most as much and

@@ -73,7 +73,8 @@ class Pricer:
         counts = self.executor.counts(candidate)
         cost = self.executor.structure.cost(counts)
         num = sum(shard.count for shard in trial.shards)
-        training = asked.training
+        training, info = asked.training, self.executor.info
+        seen_all = info.whole or num == info.num_examples["validation"]
         return Point(
             id=digest_of(key)[:10],
             trial=name,
@@ -85,7 +86,7 @@ class Pricer:
             latency_ms=None if self.latency is None else self.latency.latency_ms(counts),
             score=sum(shard.score for shard in trial.shards) / num,
             loss=sum(shard.loss for shard in trial.shards) / num,
-            complete=trial.judged,
+            complete=trial.judged and seen_all,
             trained=asked.weights != self.dense
             or (training is not None and bool(training.epochs or training.steps)),
             reconstructed=asked.reconstruct is not None,

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import pyarrow.parquet
 import pytest
@@ -105,7 +106,9 @@ def test_a_race_leaves_a_point_for_each_model_and_says_which_were_dropped(tmp_pa
         [["conv3", 8]],
         [["conv3", 12]],
     ]
-    recorder.add(2, executor.evaluate(asked[:1]))  # judged in full in the end
+    recorder.add(2, executor.evaluate([replace(asked[0], shards=(0, 3))]))  # a probe
+    assert [p.complete for p in read_points(path)] == [False, True, True]
+    recorder.add(3, executor.evaluate(asked[:1]))  # judged in full in the end
     assert [p.complete for p in read_points(path)] == [True] * 3
     with path.open("a") as file:
         file.write('{"id": "torn')
