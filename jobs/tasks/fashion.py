@@ -39,7 +39,7 @@ class Fashion(ClassificationTask):
         root: Folder of the four files.
         size: Images are average-pooled to this many pixels a side: 28 or 14.
         num_train: Training images used; the rest of the training file is left out. At most 49,000.
-        model: "residual" or "vgg".
+        model: "residual", "vgg" or "hardtanh".
     """
 
     batch_size = 128
@@ -152,4 +152,30 @@ class FashionVGG(nn.Module):
         return logits
 
 
-MODELS: dict[str, type[nn.Module]] = {"residual": FashionResNet, "vgg": FashionVGG}
+class FashionHardtanh(nn.Module):
+    """As FashionVGG, in the order of binary networks: convolution, pooling, norm, Hardtanh."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = [1, 16, 16, 32, 32, 64, 64]
+        layers: list[nn.Module] = []
+        for index in range(6):
+            layers.append(
+                nn.Conv2d(widths[index], widths[index + 1], 3, padding=1, bias=False),
+            )
+            if index in (1, 3):
+                layers.append(nn.MaxPool2d(2))
+            layers += [nn.BatchNorm2d(widths[index + 1]), nn.Hardtanh()]
+        self.features = nn.Sequential(*layers)
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.features(x).mean(dim=(2, 3)))
+        return logits
+
+
+MODELS: dict[str, type[nn.Module]] = {
+    "residual": FashionResNet,
+    "vgg": FashionVGG,
+    "hardtanh": FashionHardtanh,
+}
