@@ -20,6 +20,7 @@ from raycompress.terminal import nothing_on_stdout, show_error, unexpected
 
 if TYPE_CHECKING:
     from raycompress.config import JobConfig
+    from raycompress.results import JobResult
     from raycompress.source import Source
 
 __all__ = ["app", "main"]
@@ -112,6 +113,15 @@ def _located(error: InputError, source: Source) -> InputError:
     return type(error)("\n".join(source.located(line) for line in str(error).splitlines()))
 
 
+def _samples(result: JobResult, study: str) -> str:
+    """One line on a study."""
+    rows = [row for row in result.samples if row.study == study]
+    states = [row.state for row in rows]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    best = ", ".join(row.name for row in rows if row.best)
+    return f"{study}: {len(rows)} samples ({counts}); best: {best}"
+
+
 def _run(config: JobConfig, json: bool, quiet: bool, changed: bool) -> None:
     from raycompress.driver import run
     from raycompress.progress import progress_for
@@ -128,12 +138,16 @@ def _run(config: JobConfig, json: bool, quiet: bool, changed: bool) -> None:
     for trial in result.trials:
         if trial.failure is not None:
             console.print(f"{trial.name} failed: {trial.failure}", highlight=False, markup=False)
+        if trial.stopped is not None:
+            console.print(f"{trial.name} was stopped after step {trial.stopped}", highlight=False)
         if trial.verification is not None:
             console.print(
                 f"{trial.name}: slim against masked is {trial.verification.kind} "
                 f"(relative error {trial.verification.max_error:.1e})",
                 highlight=False,
             )
+    for study in dict.fromkeys(row.study for row in result.samples):
+        console.print(_samples(result, study), highlight=False, markup=False)
     if result.model_uri:
         console.print(f"model:  {result.model_uri}", highlight=False, soft_wrap=True)
     console.print(f"report: {result.output}/results/report.md", highlight=False, soft_wrap=True)
@@ -174,7 +188,8 @@ def sensitivity(
 
         from raycompress.config import SensitivityConfig
 
-        config = replace(config, sensitivity=config.sensitivity or SensitivityConfig(), pruners=())
+        sensitivity = config.sensitivity or SensitivityConfig()
+        config = replace(config, sensitivity=sensitivity, pruners=(), tune=None)
         _run(config, json, quiet, changed)
 
     _with_job(action, job, set_, output, debug)
@@ -200,6 +215,9 @@ def validate(job: Job, set_: Set = None, output: Output = None, debug: Debug = F
         for trial in plan.trials:
             budget = "" if trial.budget is None else f" (keep {trial.budget})"
             print(f"trial   {trial.name}{budget}")
+        for study in plan.studies:
+            budget = "" if study.budget is None else f" (keep {study.budget})"
+            print(f"study   {study.name}{budget}: {study.describe()}")
         print(f"output  {plan.output}")
 
     _with_job(action, job, set_, output, debug)

@@ -7,13 +7,17 @@ keys and lines of the file are the loader's business.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from raycompress.criteria import criterion
 from raycompress.errors import ConfigError
 from raycompress.targets import Target
+from raycompress.tuning import OBJECTIVES, Halving
+from raycompress.tuning.entries import has_spaces
 from raycompress.units import Evaluation
+from raycompress.wording import near
 
 __all__ = [
     "ClusterConfig",
@@ -26,6 +30,7 @@ __all__ = [
     "StructureConfig",
     "TrackingConfig",
     "TrainingConfig",
+    "TuneConfig",
 ]
 
 
@@ -150,6 +155,65 @@ class SensitivityConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TuneConfig:
+    """Samples of the space that pruners span, and when hopeless trials are stopped.
+
+    A pruner with a space in place of a value, such as `lr: {loguniform: [1e-3, 1e-1]}` (see
+    `raycompress.tuning.spaces`), stands for many. Each budget with each seed is then a study, whose
+    samples are trials: a searcher proposes their values, and the best are recovered and measured.
+
+    Attributes:
+        num_samples: Of each study; None: all points of a grid. Without spaces, None: each pruner
+            runs at each budget with each seed, as without `tune`.
+        searcher: "tpe" (Optuna), "random", "grid", or the import path of a function that makes one
+            of Ray Tune's searchers: `make(space, metric, mode, seed)`.
+        objectives: What makes a sample good: "score", "loss" (lower), "macs", "params" (fewer).
+            With several, none of the best is worse than another in all of them.
+        train: Fine-tuning of each sample before it is judged; None: as its pruner leaves it.
+        keep: How many samples of each study are recovered, measured and saved, best first.
+        scheduler: "asha": trials whose best loss within the budget is behind those of the same
+            budget (in the same study) at the same step are stopped; "none": none are.
+        grace: Steps before a trial can be stopped: the first rung; then times `factor`.
+        factor: One trial in so many goes on at each rung.
+    """
+
+    num_samples: int | None = None
+    searcher: str = "tpe"
+    objectives: tuple[Literal["score", "loss", "macs", "params"], ...] = ("score",)
+    train: TrainingConfig | None = None
+    keep: int = 1
+    scheduler: Literal["none", "asha"] = "none"
+    grace: int = 3
+    factor: int = 3
+
+    def __post_init__(self) -> None:
+        if self.num_samples is not None:
+            _positive("tune.num_samples", self.num_samples)
+        _positive("tune.keep", self.keep)
+        known = ("tpe", "random", "grid")
+        if self.searcher not in known and not re.fullmatch(r"[\w.]+:[\w.]+", self.searcher):
+            allowed = f"; allowed: {', '.join(known)}, or an import path 'package.module:function'"
+            raise ConfigError(
+                f"tune.searcher: no searcher {self.searcher!r}{near(self.searcher, known, allowed)}"
+            )
+        if not self.objectives or len(set(self.objectives)) < len(self.objectives):
+            raise ConfigError(
+                f"tune.objectives must be different ones of {', '.join(OBJECTIVES)}, "
+                f"got {list(self.objectives)}"
+            )
+        if self.scheduler == "asha":
+            if len(self.objectives) > 1:
+                raise ConfigError(
+                    "tune.scheduler 'asha' compares losses, and can't judge by several objectives; "
+                    f"got objectives {list(self.objectives)}"
+                )
+            try:
+                Halving(self.grace, self.factor)
+            except ConfigError as error:
+                raise ConfigError(f"tune.{error}") from None
+
+
+@dataclass(frozen=True, kw_only=True)
 class LatencyConfig:
     """How latency is measured, on a replica with nothing else running on it.
 
@@ -248,6 +312,7 @@ class JobConfig:
         sensitivity: Analyse the groups first; None: no.
         pruners: Each a mapping with `type` (a name of raycompress.pruning, or an import path) and
             the pruner's own keys.
+        tune: Samples of the pruners' spaces; None: they hold no spaces.
         budgets: Each a mapping of resource (macs, params, latency_ms) to what is kept, such as
             {"macs": "50%"}; empty: for pruners that have a sparsity of their own.
         seeds: Seeds of the trials.
@@ -270,6 +335,7 @@ class JobConfig:
     targets: tuple[Target, ...] = ()
     sensitivity: SensitivityConfig | None = None
     pruners: tuple[dict[str, Any], ...] = ()
+    tune: TuneConfig | None = None
     budgets: tuple[dict[str, Any], ...] = ()
     seeds: tuple[int, ...] = (0,)
     reconstruct: bool = False
@@ -289,3 +355,35 @@ class JobConfig:
             raise ConfigError("seeds must not be empty")
         if len(set(self.seeds)) < len(self.seeds):
             raise ConfigError(f"seeds must differ, got {list(self.seeds)}")
+        self._check_tune()
+
+    @property
+    def sampled(self) -> bool:
+        """Whether trials are samples of studies."""
+        spaces = any(has_spaces(entry) for entry in self.pruners)
+        return self.tune is not None and (spaces or self.tune.num_samples is not None)
+
+    def _check_tune(self) -> None:
+        spaces = [i for i, entry in enumerate(self.pruners) if has_spaces(entry)]
+        if self.tune is None:
+            if spaces:
+                raise ConfigError(
+                    f"pruners[{spaces[0]}] holds a space, which needs tune, such as "
+                    "tune: {num_samples: 40}"
+                )
+            return
+        if not self.pruners:
+            raise ConfigError("tune needs pruners, with spaces such as {choice: [l1, l2]}")
+        if not self.sampled:
+            if self.tune.scheduler == "none":
+                raise ConfigError(
+                    "tune has nothing to do: pruners hold no space such as {choice: [l1, l2]}, and "
+                    "tune gives neither num_samples nor scheduler: asha"
+                )
+        elif self.tune.num_samples is None and self.tune.searcher != "grid":
+            raise ConfigError("tune.num_samples is missing: of each study, such as 40")
+        if ":" in self.tune.searcher and self.cluster.executor == "local":
+            raise ConfigError(
+                "tune.searcher: searchers of Ray Tune need executor 'ray'; tpe, random and grid "
+                "run without it"
+            )

@@ -13,17 +13,24 @@ from typing import Any
 from raycompress.config import JobConfig
 from raycompress.errors import InterruptedJob
 from raycompress.executor import LedgerExecutor
-from raycompress.job import Backend, LocalBackend, OnReport, run_job
+from raycompress.job import Backend, LocalBackend, run_job
 from raycompress.ledger import Ledger, read_ledger
 from raycompress.loading import job_key, load_job, parse_job
 from raycompress.output import check_changes, keep_job, lock
-from raycompress.plan import Plan, prepare
+from raycompress.plan import Plan, StudyPlan, prepare
 from raycompress.progress import Progress, SilentProgress
 from raycompress.publish import check_tracking, open_tracker, publish
-from raycompress.results import JobResult
+from raycompress.results import JobResult, SampleRow
+from raycompress.tracking.base import Status, Tracker
 from raycompress.trial import Shared
+from raycompress.tuned import Samples
+from raycompress.tuning import Searcher
+from raycompress.watch import Watch
 
 __all__ = ["RayBackend", "backend_of", "run", "terminable", "validate"]
+
+STATUS: dict[str, Status] = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
+"""Of a sample's run in the tracking store."""
 
 
 class RayBackend:
@@ -54,7 +61,7 @@ class RayBackend:
         )
 
     def run_trials(
-        self, plan: Plan, payloads: Sequence[Mapping[str, Any]], shared: Shared, report: OnReport
+        self, plan: Plan, payloads: Sequence[Mapping[str, Any]], shared: Shared, watch: Watch
     ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
         """Each trial in its own process, with its replicas in one placement group."""
         from raycompress.distributed.tune import TrialSpec, run_trials
@@ -65,7 +72,35 @@ class RayBackend:
             self._spec(plan, {shared.digest: shared.weights}),
             plan.config.cluster,
             plan.output,
-            on_report=report,
+            on_report=watch,
+            shared=shared,
+        )
+
+    def searcher(self, study: StudyPlan) -> Searcher:
+        """The study's own, or one of Ray Tune's."""
+        if ":" not in study.tune.searcher:
+            return study.searcher()
+        from raycompress.distributed.searcher import TuneSearcher
+
+        return TuneSearcher(study.tune.searcher, study.space, study.tune.objectives, study.seed)
+
+    def run_samples(self, plan: Plan, samples: Samples, shared: Shared, watch: Watch) -> None:
+        """Each sample in its own process, as trials are; as many at once as fit."""
+        from raycompress.distributed.tune import TrialSpec, run_samples
+
+        def ask() -> TrialSpec | None:
+            payload = samples.ask()
+            return None if payload is None else TrialSpec(str(payload["name"]), payload)
+
+        run_samples(
+            ask,
+            samples.tell,
+            samples.study.num_left,
+            "raycompress.driver:run_ray_trial",
+            self._spec(plan, {shared.digest: shared.weights}),
+            plan.config.cluster,
+            plan.output,
+            on_report=watch,
             shared=shared,
         )
 
@@ -144,15 +179,17 @@ def _run(plan: Plan, progress: Progress, stack: ExitStack) -> JobResult:
     status = "FAILED"
     try:
         backend = backend_of(config, progress, stack)
-        children = {trial.name: tracker.child(trial.name) for trial in plan.trials}
 
         def report(name: str, step: int, metrics: Mapping[str, float]) -> None:
             progress.step(f"{name}: best loss {metrics['best_loss']:.4f}, step {step}")
-            children[name].log_metrics(metrics, step)
+            tracker.child(name).log_metrics(metrics, step)
 
-        result, _ = run_job(plan, backend, progress, report)
+        for trial in plan.trials:
+            tracker.child(trial.name)
+        on_sample = _sample_reporter(tracker, progress)
+        result, _ = run_job(plan, backend, progress, report, on_sample)
         progress.stage("Publish")
-        result = publish(plan, result, tracker, children)
+        result = publish(plan, result, tracker)
         status = "FINISHED"
         return result
     except KeyboardInterrupt:
@@ -171,6 +208,33 @@ def backend_of(config: JobConfig, progress: Progress, stack: ExitStack) -> Backe
 
     stack.enter_context(connect(config.cluster))
     return RayBackend()
+
+
+def _sample_reporter(tracker: Tracker, progress: Progress) -> Callable[[SampleRow, bool], None]:
+    """Tells the tracker and the terminal of a study's samples."""
+    scores: dict[str, list[float]] = {}
+
+    def on_sample(row: SampleRow, is_new: bool) -> None:
+        child = tracker.child(row.name)
+        if row.state == "running":
+            child.log_params({"study": row.study, **row.settings})
+            return
+        done = scores.setdefault(row.study, [])
+        if row.state == "finished" and row.score is not None:
+            done.append(row.score)
+        if not is_new:
+            return
+        figures = {name: getattr(row, name) for name in ("score", "loss", "macs", "params", "dfe")}
+        child.log_metrics({f"sample/{k}": v for k, v in figures.items() if v is not None})
+        child.finish(STATUS[row.state])
+        best = f", best {max(done):.4f}" if done else ""
+        if row.failure is not None:
+            progress.message(f"{row.name} failed: {row.failure}")
+        else:
+            score = "" if row.score is None else f" with score {row.score:.4f}"
+            progress.step(f"{row.name} {row.state}{score}{best}")
+
+    return on_sample
 
 
 def _config(job: JobConfig | Mapping[str, Any] | str | Path) -> JobConfig:

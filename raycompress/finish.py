@@ -250,6 +250,7 @@ def trial_without_model(
         seconds=found["seconds"],
         curve=tuple(SearchStep(**point) for point in found["curve"]),
         failure=failure,
+        stopped=found["stopped"],
     )
 
 

@@ -8,13 +8,14 @@ import os
 import pkgutil
 import sys
 import traceback
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 from raycompress.errors import ConfigError
 from raycompress.wording import near
 
-__all__ = ["resolve"]
+__all__ = ["resolve", "resolve_function"]
 
 
 def resolve(path: str, base: type[Any], key: str | None = None) -> type[Any]:
@@ -54,6 +55,24 @@ def resolve(path: str, base: type[Any], key: str | None = None) -> type[Any]:
             f"raycompress.{base.__name__}"
         )
     return found
+
+
+def resolve_function(path: str, key: str) -> Callable[..., Any]:
+    """The function that "package.module:name" names.
+
+    Raises:
+        ConfigError: It can't be imported, isn't there, or can't be called.
+    """
+    module_name, _, name = path.partition(":")
+    module = _import(module_name, key)
+    found = getattr(module, name, None)
+    if not callable(found):
+        known = [n for n, value in vars(module).items() if callable(value)]
+        raise ConfigError(
+            f"{key}: module {module_name!r} has no function {name!r}{near(name, known)}"
+        )
+    function: Callable[..., Any] = found
+    return function
 
 
 def _is_own(value: object, base: type) -> bool:

@@ -22,22 +22,22 @@ from raycompress.finish import Measured, finish_trial, measure_dense, trial_with
 from raycompress.ledger import Ledger, read_ledger
 from raycompress.local import LocalExecutor
 from raycompress.pareto import Point
-from raycompress.plan import Plan, TrialPlan, check_trial
+from raycompress.plan import Plan, StudyPlan, TrialPlan, check_trial
 from raycompress.points import Pricer, gather, origin_of, write_table
 from raycompress.progress import Progress
 from raycompress.pruning.pruner import Problem, Pruner
-from raycompress.results import Curve, FrozenLayer, JobResult, TrialResult
+from raycompress.results import Curve, FrozenLayer, JobResult, SampleRow, TrialResult
 from raycompress.search import Candidate, Training, run_search
 from raycompress.structure.latency.table import LatencyTable
-from raycompress.trial import Shared, failed_trial, finished, metrics_of, point_of, run_trial
+from raycompress.trial import Shared, finished, run_trial, save_result, unfinished
+from raycompress.tuned import OnSample, Samples
+from raycompress.tuning import Halving, Searcher
+from raycompress.watch import OnReport, Watch
 from raycompress.weights import Weights, WeightStore
 
-__all__ = ["Backend", "LocalBackend", "OnReport", "run_job"]
+__all__ = ["Backend", "LocalBackend", "run_job"]
 
 _log = logging.getLogger(__name__)
-
-OnReport = Callable[[str, int, Mapping[str, float]], None]
-"""Called with (trial, step, metrics) as searches go on."""
 
 
 class Backend(Protocol):
@@ -49,9 +49,18 @@ class Backend(Protocol):
         """Executors for what is outside of trials; closed before trials start."""
 
     def run_trials(
-        self, plan: Plan, payloads: Sequence[Mapping[str, Any]], shared: Shared, report: OnReport
+        self, plan: Plan, payloads: Sequence[Mapping[str, Any]], shared: Shared, watch: Watch
     ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-        """Runs trials; returns results, and the reasons of those that failed, by name."""
+        """Runs trials; returns results, and the reasons of those that failed, by name.
+
+        Those that the watch stops are in neither.
+        """
+
+    def searcher(self, study: StudyPlan) -> Searcher:
+        """Who proposes a study's samples."""
+
+    def run_samples(self, plan: Plan, samples: Samples, shared: Shared, watch: Watch) -> None:
+        """Runs a study's samples as trials until it gives out no more."""
 
 
 class LocalBackend:
@@ -71,25 +80,68 @@ class LocalBackend:
         )
 
     def run_trials(
-        self, plan: Plan, payloads: Sequence[Mapping[str, Any]], shared: Shared, report: OnReport
+        self, plan: Plan, payloads: Sequence[Mapping[str, Any]], shared: Shared, watch: Watch
     ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
         """One trial after the other."""
         results, failures = {}, {}
         for payload in payloads:
-            name = str(payload["name"])
-
-            def on_step(step: int, metrics: Mapping[str, float], name: str = name) -> None:
-                report(name, step, metrics)
-
-            def make_pool(ledger: Ledger) -> LedgerExecutor:
-                return self.pool(plan, ledger, lambda *_: None)
-
-            try:
-                results[name] = run_trial(payload, make_pool, on_step, shared)
-            except Exception as error:  # of a pruner, perhaps the user's own: the others go on
-                _log.debug("trial %s failed", name, exc_info=True)
-                failures[name] = f"{type(error).__name__}: {error}"
+            result, failure = self._run(plan, payload, shared, watch)
+            if result is not None:
+                results[str(payload["name"])] = result
+            if failure is not None:
+                failures[str(payload["name"])] = failure
         return results, failures
+
+    def searcher(self, study: StudyPlan) -> Searcher:
+        """The study's own."""
+        return study.searcher()
+
+    def run_samples(self, plan: Plan, samples: Samples, shared: Shared, watch: Watch) -> None:
+        """One sample after the other."""
+        while (payload := samples.ask()) is not None:
+            samples.tell(str(payload["name"]), *self._run(plan, payload, shared, watch))
+
+    def _run(
+        self, plan: Plan, payload: Mapping[str, Any], shared: Shared, watch: Watch
+    ) -> tuple[dict[str, Any] | None, str | None]:
+        """A trial's result, or why it failed; neither if it was stopped."""
+        name = str(payload["name"])
+
+        def on_step(step: int, metrics: Mapping[str, float]) -> None:
+            if watch(name, step, metrics):
+                raise _Stopped
+
+        def make_pool(ledger: Ledger) -> LedgerExecutor:
+            return self.pool(plan, ledger, lambda *_: None)
+
+        try:
+            return run_trial(payload, make_pool, on_step, shared), None
+        except _Stopped:
+            return None, None
+        except Exception as error:  # of a pruner, perhaps the user's own: the others go on
+            _log.debug("trial %s failed", name, exc_info=True)
+            return None, f"{type(error).__name__}: {error}"
+
+
+class _Stopped(BaseException):
+    """Unwinds a trial that is to stop; no search may catch it."""
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What searches came to.
+
+    Attributes:
+        trials: In the order of the job; of studies, the samples that are kept.
+        results: By name of the trial.
+        dfe: Spent in this run.
+        samples: Of all studies.
+    """
+
+    trials: Sequence[TrialPlan]
+    results: Mapping[str, Mapping[str, Any]]
+    dfe: float
+    samples: Sequence[SampleRow] = ()
 
 
 @dataclass(frozen=True)
@@ -116,7 +168,7 @@ class _Job:
 
 
 def run_job(
-    plan: Plan, backend: Backend, progress: Progress, report: OnReport
+    plan: Plan, backend: Backend, progress: Progress, report: OnReport, on_sample: OnSample
 ) -> tuple[JobResult, list[SensitivityRow]]:
     """Runs a planned job from baseline to the last measurement.
 
@@ -125,6 +177,7 @@ def run_job(
         backend: Where work runs.
         progress: Told of stages.
         report: Told of each step of each trial.
+        on_sample: Told of each sample of a study.
 
     Returns:
         The result, and the sensitivity curves as rows.
@@ -138,15 +191,15 @@ def run_job(
         _shared(job, pool, weights)
         dfe = pool.dfe
         facts = (pool.info.task, pool.info.data, pool.info.numeric_class)
-    found = _compress(job, weights, table, facts, report)
+    found = _compress(job, weights, table, facts, report, on_sample)
     with job.pool() as pool:
         progress.stage("Measure the dense model")
         dense = measure_dense(plan, pool, weights)
         trials: list[TrialResult] = []
-        for trial in plan.trials:
-            trials.append(_finish(job, trial, found[trial.name], pool, dense, table))
+        for trial in found.trials:
+            trials.append(_finish(job, trial, found.results[trial.name], pool, dense, table))
         points = _points(job, trials, found, pool, weights, table)
-        dfe += pool.dfe + sum(found[trial.name]["dfe"] for trial in plan.trials)
+        dfe += pool.dfe + found.dfe
         device = pool.info.numeric_class
     _check_any(trials)
     on_front = [replace(p, candidate="") for p in points if p.fronts or p.search_fronts]
@@ -156,6 +209,7 @@ def run_job(
         dense=dense.row(),
         output=str(plan.output),
         trials=tuple(trials),
+        samples=tuple(found.samples),
         sensitivity=_curves(curves),
         sensitivity_criterion="" if plan.sensitivity is None else plan.sensitivity.criterion,
         frozen=tuple(
@@ -224,7 +278,7 @@ def _latency_table(job: _Job, pool: LedgerExecutor) -> LatencyTable | None:
         BudgetError: A budget that is out of reach by this table.
     """
     plan = job.plan
-    asking = [t for t in plan.trials if t.budget is not None and t.budget.names_latency]
+    asking = [t for t in plan.checked if t.budget is not None and t.budget.names_latency]
     if not asking:
         return None
     job.progress.stage("Measure the latency table")
@@ -274,35 +328,75 @@ def _compress(
     table: LatencyTable | None,
     facts: tuple[str, ...],
     report: OnReport,
-) -> dict[str, dict[str, Any]]:
+    on_sample: OnSample,
+) -> _Found:
+    """Runs all trials, or all studies."""
     plan = job.plan
-    if not plan.trials:
-        return {}
     shared = Shared(
         plan.config, plan.structure, weights, job.store.get(weights), plan.output, table, facts
     )
-    payloads = [shared.payload(trial) for trial in plan.trials]
-    done = {str(p["name"]): finished(shared, p) for p in payloads}
-    missing = [p for p in payloads if done[str(p["name"])] is None]
-    # Paid for by an earlier run.
-    results = {name: {**result, "dfe": 0.0} for name, result in done.items() if result is not None}
-    for name, result in results.items():
-        for point in result["curve"]:
-            report(name, point["step"], metrics_of(point))
-    if missing:
-        job.progress.stage(f"Search: {', '.join(str(p['name']) for p in missing)}")
-        curves: dict[str, list[dict[str, Any]]] = {str(p["name"]): [] for p in missing}
+    tune = plan.config.tune
+    halving = Halving(tune.grace, tune.factor) if tune and tune.scheduler == "asha" else None
+    watch = Watch(report, halving)
+    if plan.studies:
+        return _search_studies(job, shared, watch, on_sample)
+    results = _run_all(job, shared, watch)
+    return _Found(plan.trials, results, sum(result["dfe"] for result in results.values()))
 
-        def watch(name: str, step: int, metrics: Mapping[str, float]) -> None:
-            curves[name].append(point_of(step, metrics))
-            report(name, step, metrics)
 
-        found, failures = job.backend.run_trials(plan, missing, shared, watch)
-        for name, failure in failures.items():
+def _run_all(job: _Job, shared: Shared, watch: Watch) -> dict[str, dict[str, Any]]:
+    """Results of all planned trials; those of an earlier run are not run again."""
+    results = {}
+    missing = []
+    for trial in job.plan.trials:
+        payload = shared.payload(trial)
+        result = finished(shared, payload)
+        group = "" if trial.budget is None else str(trial.budget)
+        watch.remember(trial.name, group, [] if result is None else result["curve"])
+        if result is None:
+            missing.append(payload)
+        else:
+            results[trial.name] = {**result, "dfe": 0.0}  # paid for by an earlier run
+    if not missing:
+        return results
+    job.progress.stage(f"Search: {', '.join(str(p['name']) for p in missing)}")
+    found, failures = job.backend.run_trials(job.plan, missing, shared, watch)
+    for payload in missing:
+        name = payload["name"]
+        curve = watch.curves[name]
+        if name in found:
+            results[name] = found[name]
+        elif name in watch.stopped:
+            step = watch.stopped[name]
+            job.progress.message(f"{name} was stopped after step {step}: others are ahead")
+            results[name] = unfinished(payload, curve, stopped=step)
+            save_result(shared, payload, results[name])
+        else:
+            failure = failures.get(name, "it never finished")
             job.progress.message(f"{name} failed: {failure}")
-            found[name] = failed_trial(name, failure, curves[name])
-        results |= found
+            results[name] = unfinished(payload, curve, failure=failure)
     return results
+
+
+def _search_studies(job: _Job, shared: Shared, watch: Watch, on_sample: OnSample) -> _Found:
+    chosen: list[TrialPlan] = []
+    results: dict[str, Mapping[str, Any]] = {}
+    rows: list[SampleRow] = []
+    dfe = 0.0
+    for plan in job.plan.studies:
+        job.progress.stage(f"Study {plan.name}: {plan.describe()}")
+        searcher = job.backend.searcher(plan)
+        with Samples(plan, searcher, shared, watch, on_sample) as samples:
+            job.backend.run_samples(job.plan, samples, shared, watch)
+            rows += samples.rows()
+            dfe += samples.dfe
+            for trial, result in samples.kept():
+                chosen.append(trial)
+                results[trial.name] = result
+    if rows and not chosen:
+        reasons = list(dict.fromkeys(row.failure for row in rows if row.failure))
+        raise EvaluationError(f"all {len(rows)} samples failed: {'; '.join(reasons[:3])}")
+    return _Found(chosen, results, dfe, rows)
 
 
 def _finish(
@@ -315,7 +409,7 @@ def _finish(
 ) -> TrialResult:
     """A finished trial's model, measured; or why there is none."""
     failure = found["failure"]
-    if failure is None:
+    if failure is None and found["stopped"] is None:
         job.progress.stage(f"Recover, shrink, verify and measure {trial.name}")
         try:
             return finish_trial(job.plan, trial, found, pool, job.store, dense, table)
@@ -328,7 +422,7 @@ def _finish(
 def _points(
     job: _Job,
     trials: Sequence[TrialResult],
-    found: Mapping[str, Mapping[str, Any]],
+    found: _Found,
     pool: LedgerExecutor,
     weights: str,
     table: LatencyTable | None,
@@ -338,10 +432,12 @@ def _points(
         return []
     winners = {
         name: Candidate.from_key(result["winner"])
-        for name, result in found.items()
+        for name, result in found.results.items()
         if result["winner"] is not None
     }
-    points = gather(job.plan, trials, winners, Pricer(pool, weights, table))
+    own = {trial.name for trial in trials}
+    others = [row.name for row in found.samples if row.name not in own]
+    points = gather(job.plan, trials, winners, Pricer(pool, weights, table), others)
     origin = origin_of(pool, weights)
     write_table(points, job.plan.output / "results" / "pareto.parquet", origin)
     return points

@@ -30,6 +30,8 @@ from raycompress.schema import field_docs, json_schema, pruner_types
 from raycompress.search import digest_of
 from raycompress.source import Source, plain, to_yaml
 from raycompress.task import Task
+from raycompress.tuning.entries import corners, has_spaces, places
+from raycompress.tuning.spaces import read_space
 from raycompress.wording import KeyPath, describe, dotted, near, shown
 
 __all__ = [
@@ -106,11 +108,11 @@ def job_key(config: JobConfig) -> str:
     its content counts, not its name, and of the user's own classes their source.
     """
     content = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_RESULTS}
-    pruners = [build_pruner(entry, f"pruners[{i}]") for i, entry in enumerate(config.pruners)]
-    content["pruners"] = [
-        [f"{type(pruner).__module__}:{type(pruner).__qualname__}", dataclasses.asdict(pruner)]
-        for pruner in pruners
-    ]
+    content["pruners"] = [_pruner_key(each, i) for i, each in enumerate(config.pruners)]
+    if config.tune is not None:  # more samples, or more of them kept, go on with the same job
+        content["tune"] = {
+            k: v for k, v in content["tune"].items() if k not in ("num_samples", "keep")
+        }
     content["budgets"] = [str(Budget.of(values)) for values in config.budgets]
     if config.model.weights is not None:
         with Path(config.model.weights).expanduser().open("rb") as file:
@@ -120,6 +122,13 @@ def job_key(config: JobConfig) -> str:
     return digest_of(content)
 
 
+def _pruner_key(entry: Mapping[str, Any], index: int) -> object:
+    if has_spaces(entry):
+        return plain(entry)
+    pruner = build_pruner(entry, f"pruners[{index}]")
+    return [f"{type(pruner).__module__}:{type(pruner).__qualname__}", dataclasses.asdict(pruner)]
+
+
 def _job(source: Source) -> JobConfig:
     check = _Check()
     data = source.data
@@ -127,7 +136,7 @@ def _job(source: Source) -> JobConfig:
     # Looked at whether or not the rest is in order, so that all mistakes show at once.
     for index, entry in enumerate(_mappings(data.get("pruners"))):
         if entry is not None:
-            check.pruner(entry, ("pruners", index))
+            check.pruner_or_space(entry, ("pruners", index))
     for index, values in enumerate(_mappings(data.get("budgets"))):
         if values is not None:
             check.budget(values, ("budgets", index))
@@ -268,6 +277,23 @@ class _Check:
         keys = {k: v for k, v in entry.items() if k != "type"}
         built = self.build(cls, keys, path)
         return built if isinstance(built, Pruner) else None
+
+    def pruner_or_space(self, entry: dict[str, Any], path: KeyPath) -> None:
+        """Checks a pruner; of one with spaces, their corners."""
+        if not has_spaces(entry):
+            self.pruner(entry, path)
+            return
+        before = len(self.problems)
+        spaces = {}
+        for at, value in places(entry):
+            try:
+                spaces[at] = read_space(value, (*path, *at))
+            except ConfigError as error:
+                self.fail((*path, *at), str(error))
+        if len(self.problems) == before:
+            for corner in corners(entry, spaces):
+                self.pruner(corner, path)
+            self.problems = list(dict.fromkeys(self.problems))
 
     def budget(self, values: Mapping[str, Any], path: KeyPath) -> None:
         """Checks a budget, each resource by itself."""

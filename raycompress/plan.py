@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,20 @@ from torch import Tensor, nn
 
 from raycompress.analysis.sensitivity import Sensitivity
 from raycompress.budget import Budget, Pricing
-from raycompress.config import JobConfig
+from raycompress.config import JobConfig, TrainingConfig, TuneConfig
 from raycompress.errors import ConfigError, RaycompressError, StructureError, TaskError
-from raycompress.importing import resolve
+from raycompress.importing import resolve, resolve_function
 from raycompress.loading import build_pruner
 from raycompress.pruning.pruner import Problem, Pruner
 from raycompress.search import Ranking, Trial
 from raycompress.structure import Structure, analyze
 from raycompress.task import Split, Task, check_task
+from raycompress.tuning import OBJECTIVES, TPE, Grid, Random, Searcher, SearchSpace
+from raycompress.tuning.entries import Point, corners, find_spaces, has_spaces, spread
 from raycompress.weights import WeightStore
 from raycompress.wording import near
 
-__all__ = ["Plan", "TrialPlan", "build_task", "check_trial", "prepare"]
+__all__ = ["Plan", "StudyPlan", "TrialPlan", "build_task", "check_trial", "prepare"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,7 @@ class TrialPlan:
         budget: What may be kept; None: the pruner's own sparsity decides.
         budget_entry: The budget as the job gives it.
         seed: Of the search.
+        train: Training of the winner before it is judged; None: none.
     """
 
     name: str
@@ -51,6 +54,57 @@ class TrialPlan:
     budget: Budget | None
     budget_entry: Mapping[str, Any] | None
     seed: int
+    train: TrainingConfig | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyPlan:
+    """Samples of a space at one budget with one seed.
+
+    Attributes:
+        name: Unique in the job and the same in every run of it; fit for files.
+        space: What is searched.
+        tune: How.
+        budget: What each sample may keep; None: their own sparsities decide.
+        budget_entry: The budget as the job gives it.
+        seed: Of the searcher, and of the samples' own searches.
+    """
+
+    name: str
+    space: SearchSpace
+    tune: TuneConfig
+    budget: Budget | None
+    budget_entry: Mapping[str, Any] | None
+    seed: int
+
+    def trial(self, number: int, point: Point) -> TrialPlan:
+        """A sample as a trial."""
+        entry = self.space.entry(point)
+        return TrialPlan(
+            name=f"{self.name}-{number:03d}",
+            pruner=build_pruner(entry),
+            entry=entry,
+            budget=self.budget,
+            budget_entry=self.budget_entry,
+            seed=self.seed,
+            train=self.tune.train,
+        )
+
+    def searcher(self) -> Searcher:
+        """Proposes its samples; not for searchers of Ray Tune."""
+        if self.tune.searcher == "random":
+            return Random(self.space, self.seed)
+        if self.tune.searcher == "grid":
+            return Grid(self.space)
+        return TPE(self.space, self.seed, tuple(OBJECTIVES[name] for name in self.tune.objectives))
+
+    def describe(self) -> str:
+        """What it does, in words."""
+        num = self.tune.num_samples
+        if num is None:
+            num = sum(1 for _ in self.space.points())
+        names = ", ".join(self.space.parameters())
+        return f"{num} samples by {self.tune.searcher} of {names}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +118,8 @@ class Plan:
         structure: Its analysis.
         sensitivity: The analysis to run first, if any.
         trials: In the order of the job.
+        studies: In the order of the job; where there are any, their samples are the trials.
+        checked: Trials that were tried before anything started: all, and the corners of spaces.
         output: Absolute folder of everything that the job writes.
     """
 
@@ -73,6 +129,8 @@ class Plan:
     structure: Structure
     sensitivity: Sensitivity | None
     trials: tuple[TrialPlan, ...]
+    studies: tuple[StudyPlan, ...]
+    checked: tuple[TrialPlan, ...]
     output: Path
 
 
@@ -143,18 +201,22 @@ def prepare(config: JobConfig) -> Plan:
     if config.sensitivity is not None:
         sensitivity = Sensitivity(**asdict(config.sensitivity))
         sensitivity.units(problem)
+    trials = () if config.sampled else _trials(config)
+    studies = _studies(config, problem) if config.sampled else ()
     plan = Plan(
         config=config,
         task=task,
         model=model,
         structure=structure,
         sensitivity=sensitivity,
-        trials=_trials(config),
+        trials=trials,
+        studies=studies,
+        checked=_corners(config) if config.sampled else trials,
         output=output,
     )
     if config.recover is not None and config.recover.distill is not None:
         _check_features(model, config.recover.distill.features)
-    for trial in plan.trials:
+    for trial in plan.checked:
         check_trial(plan, trial, _Free())
     return plan
 
@@ -253,6 +315,55 @@ def _trials(config: JobConfig) -> tuple[TrialPlan, ...]:
                     )
                 )
     return tuple(trials)
+
+
+def _studies(config: JobConfig, problem: Problem) -> tuple[StudyPlan, ...]:
+    """One for each budget and seed."""
+    assert config.tune is not None
+    entries: list[dict[str, Any]] = [dict(entry) for entry in config.pruners]
+    if any(has_spaces(entry) for entry in entries):
+        groups = [problem.structure.group(name) for name in problem.groups()]
+        entries = [spread(e, groups, ("pruners", i)) for i, e in enumerate(entries)]
+    space = SearchSpace.of(entries)
+    if not space.parameters():
+        raise ConfigError("tune.num_samples: one pruner without spaces has nothing to sample")
+    if config.tune.searcher == "grid":
+        next(space.points(), None)
+    elif ":" in config.tune.searcher:
+        resolve_function(config.tune.searcher, "tune.searcher")
+    studies: list[StudyPlan] = []
+    budgets: list[dict[str, Any] | None] = [*config.budgets] or [None]
+    for position, values in enumerate(budgets):
+        budget = None if values is None else Budget.of(values, f"budgets[{position}]")
+        for seed in config.seeds:
+            parts = ["tuned"]
+            if budget is not None:
+                parts.append(budget.label)
+            if len(config.seeds) > 1:
+                parts.append(f"seed{seed}")
+            name = "-".join(parts)
+            same = sum(s.name == name or s.name.startswith(f"{name}.") for s in studies)
+            studies.append(
+                StudyPlan(
+                    name=name if not same else f"{name}.{same + 1}",
+                    space=space,
+                    tune=config.tune,
+                    budget=budget,
+                    budget_entry=values,
+                    seed=seed,
+                )
+            )
+    return tuple(studies)
+
+
+def _corners(config: JobConfig) -> tuple[TrialPlan, ...]:
+    """Trials at the ends of every space, at each budget."""
+    entries = [
+        corner
+        for index, entry in enumerate(config.pruners)
+        for corner in corners(entry, find_spaces(entry, ("pruners", index)))
+    ]
+    return _trials(replace(config, pruners=tuple(entries), seeds=config.seeds[:1], tune=None))
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:

@@ -150,7 +150,11 @@ def read_points(path: Path) -> list[Point]:
 
 
 def gather(
-    plan: Plan, trials: Sequence[TrialResult], winners: Mapping[str, Candidate], pricer: Pricer
+    plan: Plan,
+    trials: Sequence[TrialResult],
+    winners: Mapping[str, Candidate],
+    pricer: Pricer,
+    others: Sequence[str] = (),
 ) -> list[Point]:
     """The points of a job, marked: dense, what each trial's search judged, and its final model.
 
@@ -159,8 +163,11 @@ def gather(
         trials: Finished, or as far as they came.
         winners: What the search of each finished trial returned, by trial.
         pricer: With rankings of the winners.
+        others: Names of trials that were searched alone, as samples of a study that weren't kept.
     """
     found = [pricer.point(pricer.judge(Candidate(pricer.dense)), stage="dense")]
+    for name in others:
+        found += read_points(points_path(plan.output, name))
     for trial in trials:
         found += read_points(points_path(plan.output, trial.name))
         if not trial.rows:

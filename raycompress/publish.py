@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,9 +60,7 @@ def open_tracker(plan: Plan, key: str) -> Tracker:
     return tracker
 
 
-def publish(
-    plan: Plan, result: JobResult, tracker: Tracker, children: Mapping[str, Tracker]
-) -> JobResult:
+def publish(plan: Plan, result: JobResult, tracker: Tracker) -> JobResult:
     """Writes files and figures, logs everything, and returns the result with its addresses."""
     folder = plan.output / "results"
     folder.mkdir(parents=True, exist_ok=True)
@@ -71,7 +70,7 @@ def publish(
     trials = []
     notes = list(result.notes)
     for trial in result.trials:
-        child = children[trial.name]
+        child = tracker.child(trial.name)
         child.log_params({"pruner": trial.pruner, "budget": trial.budget, "seed": trial.seed})
         if not trial.rows:
             child.log_metrics({"search/dfe": trial.dfe, "search/seconds": trial.seconds})
@@ -108,6 +107,9 @@ def publish(
     )
     (folder / "summary.json").write_text(result.to_json())
     write_candidates(plan, folder / "candidates.parquet")
+    if result.samples:
+        write_samples(result, folder / "samples.csv")
+        tracker.log_artifact(folder / "samples.csv")
     (folder / "report.md").write_text(report_markdown(result))
     tracker.describe(report_markdown(result))
     points = read_table(folder / "pareto.parquet")[0] if result.trials else []
@@ -150,6 +152,18 @@ def write_candidates(plan: Plan, path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
 
 
+def write_samples(result: JobResult, path: Path) -> None:
+    """The samples of all studies as a table, a column for each setting."""
+    own = ("name", "study", "state", "best", "score", "loss", "macs", "params", "dfe", "failure")
+    settings = list(dict.fromkeys(name for row in result.samples for name in row.settings))
+    with path.open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow([*own, *settings])
+        for row in result.samples:
+            values = [getattr(row, name) for name in own]
+            table.writerow([*values, *(row.settings.get(name) for name in settings)])
+
+
 def _params(plan: Plan) -> dict[str, str | int | float | bool | None]:
     config = plan.config
     return {
@@ -157,6 +171,7 @@ def _params(plan: Plan) -> dict[str, str | int | float | bool | None]:
         "task_args": str(config.task_args),
         "seed": config.seed,
         "pruners": str(list(config.pruners)),
+        "tune": str(config.tune),
         "budgets": str(list(config.budgets)),
         "reconstruct": str(config.reconstruct),
         "recover": str(config.recover),

@@ -24,6 +24,7 @@ __all__ = [
     "Latency",
     "Limit",
     "ModelRow",
+    "SampleRow",
     "SearchStep",
     "TrialResult",
     "Verification",
@@ -136,6 +137,8 @@ class SearchStep:
         loss: Mean validation loss of the same candidate.
         best_score: Best score so far.
         best_loss: Lowest loss so far.
+        within_loss: Lowest loss so far of a candidate within the budget; infinite before there is
+            one, as where a search shrinks the model step by step.
         dfe: Cost so far, in dense-forward equivalents.
         failed: Candidates of this step that failed.
         figures: What the search itself reports, such as residuals.
@@ -147,6 +150,7 @@ class SearchStep:
     best_score: float
     best_loss: float
     dfe: float
+    within_loss: float = math.inf
     failed: int = 0
     figures: dict[str, float] = field(default_factory=dict)
 
@@ -238,6 +242,38 @@ class TrialResult:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SampleRow:
+    """One sample of a study.
+
+    Attributes:
+        name: Of its trial.
+        study: Of which it is.
+        settings: What was chosen: the pruner's type, and its keys that have spaces.
+        state: "stopped": as hopeless, before its end; "failed": with a reason.
+        score: Mean validation score of its winner (of a stopped one, the best so far); None: it has
+            none. Likewise `loss`.
+        loss: Mean validation loss.
+        macs: Multiply-adds of one example.
+        params: Parameters.
+        dfe: Cost in dense-forward equivalents.
+        failure: Why it failed; None if it didn't.
+        best: No other of the study is better in every objective.
+    """
+
+    name: str
+    study: str
+    settings: dict[str, Any]
+    state: Literal["running", "finished", "failed", "stopped"]
+    score: float | None = None
+    loss: float | None = None
+    macs: float | None = None
+    params: float | None = None
+    dfe: float = 0.0
+    failure: str | None = None
+    best: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class JobResult:
     """All that a job found.
 
@@ -248,7 +284,8 @@ class JobResult:
         output: Absolute folder of everything that the job wrote.
         tracking_uri: Of MLflow, passwords masked; "" without tracking.
         run_id: Of the job's run; "" without tracking.
-        trials: In the order of the job.
+        trials: In the order of the job; of studies, the samples that were kept, best first.
+        samples: Of all studies, by number.
         sensitivity: One curve for each group; empty without the analysis.
         sensitivity_criterion: By which units were chosen, such as "l1".
         frozen: What can't be pruned.
@@ -273,6 +310,7 @@ class JobResult:
     tracking_uri: str = ""
     run_id: str = ""
     trials: tuple[TrialResult, ...] = ()
+    samples: tuple[SampleRow, ...] = ()
     sensitivity: tuple[Curve, ...] = ()
     sensitivity_criterion: str = ""
     frozen: tuple[FrozenLayer, ...] = ()

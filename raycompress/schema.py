@@ -15,8 +15,26 @@ import raycompress.pruning
 from raycompress.budget import RESOURCES
 from raycompress.config import JobConfig
 from raycompress.pruning import Pruner
+from raycompress.tuning.spaces import WORDS
 
 __all__ = ["field_docs", "json_schema", "pruner_types"]
+
+
+_ABOUT: tuple[str, ...] = ("title", "description", "default")
+_ENDS = {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2}
+SPACE: dict[str, Any] = {
+    "type": "object",
+    "description": "Values that `tune` chooses from.",
+    "properties": {
+        "choice": {"type": "array", "minItems": 2},
+        "int": {**_ENDS, "items": {"type": "integer"}},
+        "uniform": _ENDS,
+        "loguniform": _ENDS,
+        "each": {"const": True, "description": "A value for each group that a pattern matches."},
+    },
+    "oneOf": [{"required": [word]} for word in WORDS],
+    "additionalProperties": False,
+}
 
 
 @functools.cache
@@ -58,6 +76,7 @@ def json_schema() -> dict[str, Any]:
     _finish(schema, JobConfig)
     for hint in _dataclasses_in(JobConfig):
         _finish(definitions[hint.__name__], hint)
+    definitions["Space"] = SPACE
     entries: list[dict[str, Any]] = []
     for name, cls in pruner_types().items():
         definitions[name] = _pruner(cls, name)
@@ -69,6 +88,14 @@ def json_schema() -> dict[str, Any]:
             "properties": {
                 "type": {"pattern": r"^[\w.]+:[\w.]+$", "description": "package.module:Class"}
             },
+            "required": ["type"],
+        }
+    )
+    entries.append(
+        {
+            "type": "object",
+            "title": "A choice of pruners",
+            "properties": {"type": {"$ref": "#/$defs/Space"}},
             "required": ["type"],
         }
     )
@@ -95,7 +122,19 @@ def _pruner(cls: type, name: str) -> dict[str, Any]:
     schema["properties"] = {"type": {"const": name}, **schema.get("properties", {})}
     schema["required"] = ["type", *schema.get("required", [])]
     _finish(schema, cls)
+    for key, value in schema["properties"].items():
+        if key != "type":
+            schema["properties"][key] = _or_space(value)
     return schema
+
+
+def _or_space(value: dict[str, Any]) -> dict[str, Any]:
+    """A field's schema, or a space in its place; below patterns of layers as well."""
+    inner = dict(value)
+    outer: dict[str, Any] = {name: inner.pop(name) for name in _ABOUT if name in inner}
+    if isinstance(inner.get("additionalProperties"), dict):
+        inner["additionalProperties"] = _or_space(inner["additionalProperties"])
+    return {**outer, "anyOf": [inner, {"$ref": "#/$defs/Space"}]}
 
 
 def _finish(schema: dict[str, Any], cls: type) -> None:

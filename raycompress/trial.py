@@ -7,6 +7,7 @@ own finished marker; a trial that has one isn't run again.
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,8 +30,8 @@ from raycompress.loading import build_pruner
 from raycompress.plan import TrialPlan
 from raycompress.points import Pricer, Recorder, points_path
 from raycompress.pruning.pruner import Problem
-from raycompress.search import Candidate, Ranking, Trial, digest_of, run_search
-from raycompress.structure import Structure
+from raycompress.search import Candidate, Ranking, Training, Trial, digest_of, run_search
+from raycompress.structure import Cost, Structure
 from raycompress.structure.latency.table import LatencyTable
 from raycompress.task import Task
 from raycompress.weights import Weights, WeightStore
@@ -39,18 +40,19 @@ __all__ = [
     "MakePool",
     "Report",
     "Shared",
-    "failed_trial",
     "finished",
     "load_ranking",
     "metrics_of",
     "point_of",
     "run_trial",
     "save_ranking",
+    "save_result",
+    "unfinished",
 ]
 
 MakePool = Callable[[Ledger], LedgerExecutor]
 """Makes the trial's executor: model hosts for the job's task, with the dense weights."""
-POINT = ("score", "loss", "best_score", "best_loss", "dfe", "failed")
+POINT = ("score", "loss", "best_score", "best_loss", "within_loss", "dfe", "failed")
 """What every point of a search's curve has, besides its step and the search's own figures."""
 Report = Callable[[int, Mapping[str, float]], None]
 """Called with (step, metrics) after each step of the search."""
@@ -87,6 +89,8 @@ class Shared:
             "budget": None if trial.budget_entry is None else dict(trial.budget_entry),
             "seed": trial.seed,
         }
+        if trial.train is not None:
+            entry["train"] = vars(trial.train)
         priced = {}
         if self.latency is not None and trial.budget is not None and trial.budget.names_latency:
             priced["latency"] = self.latency.digest
@@ -196,6 +200,11 @@ def run_trial(
                     "loss": loss,
                     "best_score": max([score, *(c["best_score"] for c in curve[-1:])]),
                     "best_loss": min([loss, *(c["best_loss"] for c in curve[-1:])]),
+                    "within_loss": min(
+                        [t.loss for t in alive if _within(problem, pricer, t)]
+                        + [c["within_loss"] for c in curve[-1:]],
+                        default=math.inf,
+                    ),
                     "dfe": spent,
                     "failed": sum(trial.failure is not None for trial in own),
                     "figures": dict(figures),
@@ -205,25 +214,30 @@ def run_trial(
             report(step, metrics_of(curve[-1]))
 
         winner = run_search(pruner.search(problem), pool, on_step)
-        judged = pool.evaluate([winner])[0]
-        if judged.failure is not None:
-            raise EvaluationError(f"its winner failed: {judged.failure}")
+        judged = _judged(pool, winner)
         if curve:
             spent += judged.dfe
             points.add(len(curve) - 1, [judged])
         else:  # it asked for nothing: its answer is its only step
             on_step(0, [judged])
-        if judged.weights is not None:  # what was trained is the winner, not the training
-            winner = replace(
-                winner, weights=judged.weights, training=None, recalibrate=0, reconstruct=None
-            )
+        winner = _as_trained(winner, judged)
+        if "train" in payload:
+            training = Training(**payload["train"], seed=problem.seed)
+            judged = _judged(pool, winner.with_training(training))
+            on_step(len(curve), [judged])
+            winner = _as_trained(winner, judged)
+        point = pricer.point(judged)
+        assert point is not None  # it was judged
         result = {
             "key": payload["key"],
             "name": name,
             "winner": winner.key(),
             "score": judged.score,
             "loss": judged.loss,
+            "macs": point.macs,
+            "params": point.params,
             "failure": None,
+            "stopped": None,
             "dfe": pool.dfe,
             "total_dfe": spent,
             "evaluated": pool.num_evaluated,
@@ -231,20 +245,60 @@ def run_trial(
             "seconds": round(time.monotonic() - start, 3),
             "curve": curve,
         }
-    write_json(_folder(shared, payload) / "result.json", result)
+    save_result(shared, payload, result)
     return result
 
 
-def failed_trial(name: str, failure: str, curve: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The result of a trial that failed, as far as it came."""
+def save_result(shared: Shared, payload: Mapping[str, Any], result: Mapping[str, Any]) -> None:
+    """Leaves a trial's finished marker, after which it isn't run again."""
+    write_json(_folder(shared, payload) / "result.json", result)
+
+
+def _judged(pool: LedgerExecutor, winner: Candidate) -> Trial:
+    judged = pool.evaluate([winner])[0]
+    if judged.failure is not None:
+        raise EvaluationError(f"its winner failed: {judged.failure}")
+    return judged
+
+
+def _as_trained(winner: Candidate, judged: Trial) -> Candidate:
+    """What was trained is the winner, not the training."""
+    if judged.weights is None:
+        return winner
+    return replace(winner, weights=judged.weights, training=None, recalibrate=0, reconstruct=None)
+
+
+def _within(problem: Problem, pricer: Pricer, trial: Trial) -> bool:
+    """Whether a candidate is within the budget, not on its way to it."""
+    if problem.budget is None:
+        return True
+    point, latency = pricer.point(trial), None
+    if point is None:
+        return False
+    if problem.latency is not None and point.latency_ms is not None:
+        latency = (point.latency_ms, problem.latency.latency_ms())
+    cost = Cost(point.params, point.macs, 0)
+    return problem.budget.excess(cost, problem.structure.cost(), latency) <= 1
+
+
+def unfinished(
+    payload: Mapping[str, Any],
+    curve: Sequence[Mapping[str, Any]],
+    *,
+    failure: str | None = None,
+    stopped: int | None = None,
+) -> dict[str, Any]:
+    """The result of a trial that failed, or was stopped at a step: as far as it came."""
     last = curve[-1] if curve else {}
     return {
-        "name": name,
+        "key": payload["key"],
+        "name": payload["name"],
         "winner": None,
         "score": last.get("best_score"),
         "loss": last.get("best_loss"),
         "failure": failure,
-        "dfe": 0.0,
+        "stopped": stopped,
+        "dfe": last.get("dfe", 0.0),
         "total_dfe": last.get("dfe", 0.0),
         "evaluated": 0,
         "replayed": 0,

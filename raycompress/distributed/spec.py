@@ -21,7 +21,7 @@ from raycompress.structure import Structure
 from raycompress.units import Evaluation
 from raycompress.weights import Weights
 
-__all__ = ["PackedWeights", "PoolSpec", "SharedSpec", "import_object"]
+__all__ = ["PackedWeights", "PoolSpec", "SharedSpec", "TrialSpec", "import_object"]
 
 
 def import_object(path: str) -> Any:
@@ -125,3 +125,16 @@ class SharedSpec:
     import_paths: tuple[str, ...]
     structure: Any
     weights: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class TrialSpec:
+    """One pruner run.
+
+    Attributes:
+        name: Deterministic, and usable as a folder's name.
+        payload: Plain data for the trial function.
+    """
+
+    name: str
+    payload: Mapping[str, Any] = field(default_factory=dict)

@@ -14,7 +14,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,31 +24,19 @@ import ray
 from raycompress.config import ClusterConfig
 from raycompress.distributed.cluster import bundle, check_feasible
 from raycompress.distributed.pool import ReplicaPool
-from raycompress.distributed.spec import PoolSpec, SharedSpec, import_object
+from raycompress.distributed.spec import PoolSpec, SharedSpec, TrialSpec, import_object
 from raycompress.errors import EvaluationError, InputError
 from raycompress.search import digest_of
 
-__all__ = ["TrialSpec", "run_trials"]
+__all__ = ["TrialSpec", "run_samples", "run_trials"]
 
 _log = logging.getLogger(__name__)
 
 MAX_RETRIES = 2
 """Restarts of a trial whose process was lost or raised; replay makes them cheap."""
 
-OnReport = Callable[[str, int, Mapping[str, float]], None]
-
-
-@dataclass(frozen=True)
-class TrialSpec:
-    """One pruner run.
-
-    Attributes:
-        name: Deterministic, and usable as a folder's name.
-        payload: Plain data for the trial function.
-    """
-
-    name: str
-    payload: Mapping[str, Any] = field(default_factory=dict)
+OnReport = Callable[[str, int, Mapping[str, float]], bool | None]
+"""Called with (trial, step, metrics); True: the trial is to stop."""
 
 
 @dataclass(frozen=True)
@@ -86,11 +74,12 @@ def run_trials(
         cluster: Resources and deadlines.
         output: The job's folder; Tune's own files and the markers go below `<output>/tune`.
         on_report: Called in the driver with (trial, step, metrics), for each step of a trial once
-            and in order, also where a trial was restarted and replayed.
+            and in order, also where a trial was restarted and replayed; True stops the trial.
         shared: For all trials; put into the object store once.
 
     Returns:
-        Results, and of the trials that failed their own exceptions' texts, by trial name.
+        Results, and of the trials that failed their own exceptions' texts, by trial name; those
+        that were stopped are in neither.
 
     Raises:
         ClusterError: A trial can never fit the cluster.
@@ -114,39 +103,106 @@ def run_trials(
             str(folder),
             ray.put(shared),
         )
-        errors = _fit(common, missing, replicas, on_report)
+        errors, stopped = _fit(common, None, on_report)
         results |= {name: _marker(folder, by_name[name]) for name in missing}
         failures = {
-            name: errors.get(name, "it never finished") for name in missing if results[name] is None
+            name: errors.get(name, "it never finished")
+            for name in missing
+            if results[name] is None and name not in stopped
         }
     return {name: result for name, result in results.items() if result is not None}, failures
 
 
+def run_samples(
+    ask: Callable[[], TrialSpec | None],
+    tell: Callable[[str, Mapping[str, Any] | None, str | None], object],
+    num_samples: int | None,
+    run: str,
+    pool: PoolSpec,
+    cluster: ClusterConfig,
+    output: str | Path,
+    *,
+    on_report: OnReport | None = None,
+    shared: Any = None,
+) -> None:
+    """Runs the trials that a study gives out, as many at once as fit; others as in `run_trials`.
+
+    Args:
+        ask: Gives the next trial when there is room for one; None: there are no more.
+        tell: Called when a trial has ended, before the next is asked for, with its name, and its
+            result or why it failed; with neither if it was stopped or lost.
+        num_samples: Trials at most; None: as `ask` has it.
+        run: Import path of what a trial does.
+        pool: What the replicas host.
+        cluster: Resources and deadlines.
+        output: The job's folder.
+        on_report: Called in the driver with (trial, step, metrics); True stops the trial.
+        shared: For all trials.
+
+    Raises:
+        ClusterError: A trial can never fit the cluster.
+        KeyboardInterrupt: SIGINT or SIGTERM; the trials have been stopped.
+    """
+    folder = Path(output).absolute() / "tune"
+    if num_samples == 0:
+        return
+    replicas = [bundle(cluster)] * cluster.replicas
+    check_feasible(replicas, f"a trial with {cluster.replicas} replicas doesn't fit")
+    common = _Common(run, {}, pool.share(), cluster, str(folder), ray.put(shared))
+    specs: dict[str, TrialSpec] = {}
+
+    def asked() -> TrialSpec | None:
+        spec = ask()
+        if spec is not None:
+            specs[spec.name] = spec
+            _error(folder, spec.name).unlink(missing_ok=True)
+        return spec
+
+    def ended(name: str) -> None:
+        path = _error(folder, name)
+        failure = json.loads(path.read_text())["error"] if path.exists() else None
+        tell(name, _marker(folder, specs[name]), failure)
+
+    from raycompress.distributed.searcher import GivenOut
+
+    given = GivenOut(asked, ended)
+    _fit(common, given, on_report, -1 if num_samples is None else num_samples)
+
+
 def _fit(
     common: _Common,
-    names: Sequence[str],
-    replicas: Sequence[Mapping[str, float]],
+    searcher: Any,
     on_report: OnReport | None,
-) -> dict[str, str]:
-    """Runs Tune over the trials; returns why each failed one did."""
+    num_samples: int = 1,
+) -> tuple[dict[str, str], set[str]]:
+    """Runs Tune over the common trials, or over those of a searcher.
+
+    Returns:
+        Why each failed one did, and those that were stopped.
+    """
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the new one prints even at verbose 0
     from ray import tune
 
+    folder, names = Path(common.output), list(common.specs)
     for name in names:
-        (Path(common.output) / f"{name}.error.json").unlink(missing_ok=True)
+        _error(folder, name).unlink(missing_ok=True)
     # The head bundle is empty: the trial's process only proposes and records. A CPU for it would
     # keep N replicas of one core from fitting N cores.
-    bundles = [{}, *(dict(each) for each in replicas)]
+    bundles = [{}, *([dict(bundle(common.cluster))] * common.cluster.replicas)]
     trainable = tune.with_resources(
         tune.with_parameters(_trial, common=common), tune.PlacementGroupFactory(bundles, "PACK")
     )
+    watch = _watch(on_report)
     with _quiet(), _stopping() as stopped:
         tuner = tune.Tuner(
             trainable,
-            param_space={"name": tune.grid_search(list(names))},
+            param_space={"name": tune.grid_search(names)} if names else {},
             tune_config=tune.TuneConfig(
+                search_alg=searcher,
+                scheduler=watch,
+                num_samples=num_samples,
                 trial_name_creator=_name,
                 trial_dirname_creator=_name,
                 max_concurrent_trials=common.cluster.max_concurrent,
@@ -156,7 +212,7 @@ def _fit(
                 storage_path=common.output,
                 verbose=0,
                 failure_config=tune.FailureConfig(max_failures=MAX_RETRIES),
-                callbacks=[_callback(on_report, stopped)],
+                callbacks=[_callback(stopped)],
             ),
         )
         grid = tuner.fit()
@@ -167,10 +223,10 @@ def _fit(
         if result.error is not None:
             errors[str((result.config or {})["name"])] = str(result.error).strip().splitlines()[-1]
     for name in names:
-        path = Path(common.output) / f"{name}.error.json"
+        path = _error(folder, name)
         if path.exists():
             errors[name] = json.loads(path.read_text())["error"]
-    return errors
+    return errors, watch.stopped
 
 
 def _trial(config: Mapping[str, Any], common: _Common) -> None:
@@ -179,7 +235,8 @@ def _trial(config: Mapping[str, Any], common: _Common) -> None:
 
     from ray import tune
 
-    spec = common.specs[config["name"]]
+    name = config["name"]
+    spec = common.specs.get(name) or TrialSpec(name, json.loads(config["payload"]))
     folder = Path(common.output)
     for path in reversed(common.spec.import_paths):
         if path not in sys.path:
@@ -194,7 +251,7 @@ def _trial(config: Mapping[str, Any], common: _Common) -> None:
         result = run(dict(spec.payload), make_pool, report, ray.get(common.shared))
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
-        _write(folder / f"{spec.name}.error.json", {"error": text})
+        _write(_error(folder, spec.name), {"error": text})
         if isinstance(error, InputError | EvaluationError):
             return  # it would fail again
         raise
@@ -202,6 +259,10 @@ def _trial(config: Mapping[str, Any], common: _Common) -> None:
         folder / f"{spec.name}.finished.json",
         {"run": common.run, "payload": digest_of(dict(spec.payload)), "result": result},
     )
+
+
+def _error(folder: Path, name: str) -> Path:
+    return folder / f"{name}.error.json"
 
 
 def _marker(folder: Path, spec: TrialSpec) -> dict[str, Any] | None:
@@ -232,37 +293,58 @@ def _name(trial: Any) -> str:
     return name
 
 
-def _callback(on_report: OnReport | None, stopped: threading.Event) -> Any:
-    from ray import tune
+def _watch(on_report: OnReport | None) -> Any:
+    from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
-    class Reports(tune.Callback):
-        """Forwards what trials report; replayed steps were forwarded before."""
+    class Watch(FIFOScheduler):
+        """First come, first served; forwards what trials report, and stops those that are to stop.
+
+        Replayed steps were forwarded before.
+        """
 
         def __init__(self) -> None:
+            super().__init__()
             self.last: dict[str, int] = {}
+            self.stopped: set[str] = set()
 
         def __reduce__(self) -> tuple[Any, ...]:
-            # Tune pickles its callbacks into a snapshot that is never read here; what the driver
-            # listens with (a tracker, a terminal) can't be pickled.
-            return (tune.Callback, ())
+            # Tune pickles it into a snapshot that is never read here; what the driver listens with
+            # (a tracker, a terminal) can't be pickled.
+            return (FIFOScheduler, ())
 
-        def __deepcopy__(self, memo: dict[int, Any]) -> Reports:
+        def __deepcopy__(self, memo: dict[int, Any]) -> Watch:
+            return self
+
+        def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
+            name, step = _name(trial), result.get("step")
+            if on_report is None or step is None or step <= self.last.get(name, -1):
+                return str(TrialScheduler.CONTINUE)
+            self.last[name] = step
+            if on_report(name, step, {key: result[key] for key in result["reported"]}):
+                self.stopped.add(name)
+                return str(TrialScheduler.STOP)
+            return str(TrialScheduler.CONTINUE)
+
+    return Watch()
+
+
+def _callback(stopped: threading.Event) -> Any:
+    from ray import tune
+
+    class Signals(tune.Callback):
+        """Passes on a signal that came before Tune's handler stood."""
+
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (tune.Callback, ())  # an event can't be pickled
+
+        def __deepcopy__(self, memo: dict[int, Any]) -> Signals:
             return self
 
         def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-            if stopped.is_set():  # the signal may have come before Tune's handler stood
+            if stopped.is_set():
                 os.kill(os.getpid(), signal.SIGUSR1)
 
-        def on_trial_result(
-            self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
-        ) -> None:
-            name, step = _name(trial), result.get("step")
-            if on_report is None or step is None or step <= self.last.get(name, -1):
-                return
-            self.last[name] = step
-            on_report(name, step, {key: result[key] for key in result["reported"]})
-
-    return Reports()
+    return Signals()
 
 
 @contextmanager

@@ -224,6 +224,7 @@ def report_markdown(result: JobResult) -> str:
     parts += _front_section(result)
     for trial in result.trials:
         parts += _trial(trial)
+    parts += _samples(result)
     parts += ["## Cost", "", _row(COST_HEADER), _row(["---"] * len(COST_HEADER))]
     parts += [
         *(_row(row) for row in _costs(result)),
@@ -254,6 +255,9 @@ def _trial(trial: TrialResult) -> list[str]:
     lines = [f"## {trial.name}", ""]
     if trial.failure is not None:
         lines.append(f"- FAILED: {trial.failure}")
+    if trial.stopped is not None:
+        best = f"; its best score so far was {trial.curve[-1].best_score:.4f}"
+        lines.append(f"- STOPPED after step {trial.stopped}: others were ahead{best}")
     for limit in trial.limits:
         verdict = "met" if limit.met else "NOT met"
         lines.append(
@@ -276,6 +280,36 @@ def _trial(trial: TrialResult) -> list[str]:
         f"evaluated, {trial.replayed} answered by the ledger, {trial.seconds:.1f} s"
     )
     return [*lines, ""]
+
+
+def _samples(result: JobResult, most: int = 20) -> list[str]:
+    """A table for each study: its best samples, by score."""
+    parts = []
+    for study in dict.fromkeys(row.study for row in result.samples):
+        rows = [row for row in result.samples if row.study == study]
+        states = [row.state for row in rows]
+        counts = ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states))
+        ends = sorted(
+            (row for row in rows if row.state == "finished"),
+            key=lambda row: (not row.best, -(row.score or 0.0)),
+        )
+        names = list(dict.fromkeys(name for row in rows for name in row.settings))
+        parts += [f"## Samples of {study}", "", f"{len(rows)} samples: {counts}.", ""]
+        header = ["sample", result.score_name, "loss", "MACs", "parameters", *names]
+        parts += [_row(header), _row(["---"] * len(header))]
+        for row in ends[:most]:
+            name = f"**{row.name}**" if row.best else row.name
+            figures = [f"{row.score or 0.0:.4f}", f"{row.loss or 0.0:.4f}"]
+            costs = [_number(row.macs or 0.0), _number(row.params or 0.0)]
+            chosen = [_setting(row.settings.get(key, "")) for key in names]
+            parts.append(_row([name, *figures, *costs, *chosen]))
+        more = f" (the first {most} here)" if len(ends) > most else ""
+        parts += ["", f"Bold: no other is better. All are in samples.csv{more}.", ""]
+    return parts
+
+
+def _setting(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _prediction(limit: Limit) -> str:

@@ -15,7 +15,7 @@ from raycompress.structure import ChannelGroup
 from raycompress.tuning.spaces import OneOf, Space, is_space, read_space
 from raycompress.wording import KeyPath, dotted
 
-__all__ = ["Point", "SearchSpace", "corners", "find_spaces", "has_spaces", "spread"]
+__all__ = ["Point", "SearchSpace", "corners", "find_spaces", "has_spaces", "places", "spread"]
 
 Point = dict[str, Any]
 """A value for each parameter that counts, by its name."""
@@ -41,18 +41,19 @@ def find_spaces(entry: Mapping[str, Any], path: KeyPath = ()) -> dict[KeyPath, S
     Raises:
         ConfigError: One of them can't be read.
     """
-    return {at: read_space(value, (*path, *at)) for at, value in _places(entry, ())}
+    return {at: read_space(value, (*path, *at)) for at, value in places(entry)}
 
 
-def _places(value: object, at: KeyPath) -> Iterator[tuple[KeyPath, dict[str, Any]]]:
+def places(value: object, at: KeyPath = ()) -> Iterator[tuple[KeyPath, dict[str, Any]]]:
+    """What is meant as a space in an entry, with its key path from it."""
     if isinstance(value, dict) and is_space(value):
         yield at, value
     elif isinstance(value, dict):
         for name, inner in value.items():
-            yield from _places(inner, (*at, name))
+            yield from places(inner, (*at, name))
     elif isinstance(value, list):
         for index, inner in enumerate(value):
-            yield from _places(inner, (*at, index))
+            yield from places(inner, (*at, index))
 
 
 def filled(entry: Mapping[str, Any], values: Mapping[KeyPath, Any]) -> dict[str, Any]:
@@ -188,9 +189,9 @@ class SearchSpace:
         Raises:
             ConfigError: A space has no end of points.
         """
+        options: list[list[list[tuple[str, Any]]]] = []
         for index, spaces in enumerate(self.spaces):
-            own = {PRUNER: index} if len(self.entries) > 1 else {}
-            options = []
+            options.append([] if len(self.entries) == 1 else [[(PRUNER, index)]])
             for path, space in spaces.items():
                 each = space.points()
                 if each is None:
@@ -198,9 +199,9 @@ class SearchSpace:
                         f"{dotted(('pruners', index, *path))}: a grid takes spaces of choice and "
                         "int alone"
                     )
-                options.append([(self._name(index, path), value) for value in each])
-            for chosen in itertools.product(*options):
-                yield {**own, **dict(chosen)}
+                options[-1].append([(self._name(index, path), value) for value in each])
+        for own in options:
+            yield from (dict(chosen) for chosen in itertools.product(*own))
 
     def _name(self, index: int, path: KeyPath) -> str:
         return dotted(path) if len(self.entries) == 1 else f"{index}.{dotted(path)}"

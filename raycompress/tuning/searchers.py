@@ -6,8 +6,8 @@ import itertools
 import math
 import random
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from raycompress.tuning.entries import PRUNER, Point, SearchSpace
@@ -16,7 +16,7 @@ from raycompress.tuning.spaces import Integers, OneOf, Space
 if TYPE_CHECKING:
     import optuna
 
-__all__ = ["OBJECTIVES", "TPE", "Grid", "Random", "Sample", "Searcher"]
+__all__ = ["OBJECTIVES", "TPE", "Grid", "NotYet", "Random", "Sample", "Searcher"]
 
 OBJECTIVES: dict[str, Literal["max", "min"]] = {
     "score": "max",
@@ -38,6 +38,7 @@ class Sample:
         objectives: In the study's order; of a stopped one, the best that it had; of others that
             haven't finished, empty.
         failure: Why it failed.
+        figures: What was measured, by name; None: it wasn't.
     """
 
     number: int
@@ -45,6 +46,11 @@ class Sample:
     state: Literal["running", "finished", "failed", "stopped"] = "running"
     objectives: tuple[float, ...] = ()
     failure: str | None = None
+    figures: Mapping[str, float | None] = field(default_factory=dict)
+
+
+class NotYet(Exception):
+    """A searcher waits for samples that run before it proposes more."""
 
 
 class Searcher(Protocol):
@@ -128,7 +134,7 @@ class TPE:
 
         spaces = self.space.parameters()
         states = optuna.trial.TrialState
-        finite = all(math.isfinite(value) for value in sample.objectives)
+        finite = bool(sample.objectives) and all(math.isfinite(v) for v in sample.objectives)
         state = {
             "running": states.RUNNING,
             "finished": states.COMPLETE if finite else states.FAIL,

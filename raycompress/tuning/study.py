@@ -81,19 +81,27 @@ class Study:
 
         Args:
             number: The sample's.
-            told: "state", "objectives" and "failure" of a `Sample`.
+            told: "state", "figures" and "failure" of a `Sample`; figures hold the objectives.
         """
         self._log.put({f"{self.key}:{number}:told": {"told": dict(told)}})
         return self._settle(number, told)
 
     def _settle(self, number: int, told: Mapping[str, Any]) -> Sample:
+        figures, state = told["figures"], told["state"]
+        values = [figures.get(name) for name in self.objectives if state != "failed"]
         self.samples[number] = replace(
             self.samples[number],
-            state=told["state"],
-            objectives=tuple(float(value) for value in told["objectives"]),
+            state=state,
+            objectives=() if None in values else tuple(values),
             failure=told["failure"],
+            figures=figures,
         )
         return self.samples[number]
+
+    def reopen(self, number: int) -> None:
+        """Gives a sample out again, for what came of it has been lost."""
+        self.samples[number] = Sample(number, self.samples[number].point)
+        self._again = sorted({*self._again, number})
 
     def best(self) -> list[Sample]:
         """Finished samples that none beats in every objective, the first objective's best first.

@@ -13,7 +13,7 @@ import pytest
 from conftest import Toy, wait_for
 
 from raycompress.config import ClusterConfig
-from raycompress.distributed.tune import TrialSpec, run_trials
+from raycompress.distributed.tune import TrialSpec, run_samples, run_trials
 from raycompress.errors import ClusterError
 from raycompress.ledger import read_ledger
 
@@ -111,6 +111,36 @@ def test_what_cannot_fit_or_be_made_fails_at_once(toy: Toy, few: Few) -> None:
     broken = toy.spec("ray_tasks:BrokenTask")
     _, failures = run_trials(specs, RUN, broken, few(1), toy.folder / "job", shared=shared(toy))
     assert failures["t"].startswith("TaskError: ") and "no data here" in failures["t"]
+
+
+def test_trials_are_asked_for_one_by_one_told_and_stopped(toy: Toy, few: Few) -> None:
+    specs = [trial(toy, "a", [3, 5, 7]), trial(toy, "b", [4], fail=True)]
+    events: list[Any] = []
+
+    def ask() -> TrialSpec | None:
+        events.append("ask")
+        return specs.pop(0) if specs else None
+
+    def report(name: str, step: int, metrics: Mapping[str, float]) -> bool:
+        events.append((name, step))
+        return name == "a" and step == 1
+
+    run_samples(
+        ask,
+        lambda name, result, failure: events.append((name, result, failure)),
+        None,
+        RUN,
+        toy.spec(),
+        few(1, max_concurrent=1),
+        toy.folder / "job",
+        on_report=report,
+        shared=shared(toy),
+    )
+    assert events == [
+        *("ask", ("a", 0), ("a", 1), ("a", None, None)),
+        *("ask", ("b", 0), ("b", None, "RuntimeError: the trial's own words"), "ask"),
+    ]
+    assert len(read_ledger(toy.folder / "ledger")) == 3  # a's last step never ran
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

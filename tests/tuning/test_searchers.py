@@ -85,8 +85,7 @@ def searched_grid(searcher):
 
 
 def told(objective=None, state="finished"):
-    objectives = [] if objective is None else [objective]
-    return {"state": state, "objectives": objectives, "failure": None}
+    return {"state": state, "figures": {"score": objective}, "failure": None}
 
 
 def study(folder, searcher=None, num=12, key="k", objectives=("score",)):
@@ -141,7 +140,8 @@ def test_the_front_and_the_ranking(tmp_path):
     costs = [(0.9, 90), (0.8, 50), (0.8, 60), (0.7, 50), (0.6, 10), (0.9, 90)]
     with study(tmp_path, Given(), len(costs), objectives=("score", "macs")) as one:
         for both in costs:
-            one.tell(one.ask().number, {"state": "finished", "objectives": both, "failure": None})
+            figures = dict(zip(("score", "macs"), both, strict=True))
+            one.tell(one.ask().number, {"state": "finished", "figures": figures, "failure": None})
         assert [s.number for s in one.best()] == [0, 1, 4]
         assert [s.number for s in one.ranked()] == [0, 1, 4, 5, 2, 3]
 
