@@ -412,20 +412,30 @@ def run_search(
 ) -> Candidate:
     """Drives a search to its winner.
 
+    Candidates that fail are answers: the search goes on with what is left, also past a step in
+    which none is, if it can. It ends where no pruned or trained candidate has come through so far.
+
     Args:
         search: A fresh generator.
         executor: Answers it.
         on_step: Called after each step with its number (from 0) and its trials.
 
     Raises:
-        EvaluationError: Every candidate of a step failed; the reasons are in it.
+        EvaluationError: Every candidate of a step failed, and none was alive before; the reasons
+            are in it.
     """
-    step = 0
+    step, alive = 0, False
     try:
         candidates = next(search)
         while True:
             trials = answer(candidates, executor)
-            if trials and all(trial.failure is not None for trial in trials):
+            alive = alive or any(
+                (trial.candidate.kept or trial.candidate.training is not None)
+                and not trial.probe
+                and trial.failure is None
+                for trial in trials
+            )
+            if trials and not alive and all(trial.failure is not None for trial in trials):
                 reasons = sorted({str(trial.failure) for trial in trials})
                 raise EvaluationError(
                     f"all {len(trials)} candidates of step {step} failed: {'; '.join(reasons[:3])}"

@@ -188,7 +188,7 @@ def run_trial(
             if alive:
                 best = min(alive, key=lambda trial: trial.loss)
                 score, loss = best.score, best.loss
-            elif curve and any(trial.dropped for trial in own):  # the incumbent beat them all
+            elif curve and own:  # the incumbent beat them all, or they failed
                 score, loss = curve[-1]["best_score"], curve[-1]["best_loss"]
             else:
                 return

@@ -72,7 +72,7 @@ def test_annealing_goes_on_past_candidates_that_fail(how, tmp_path):
     failures = [r["failure"] for r in read_ledger(tmp_path / "ledger") if r["failure"]]
     assert failures and all(REASONS[how] in failure for failure in failures)
     assert sum(step.failed for step in trial.curve) >= len(failures)  # some are asked twice
-    assert trial.failure is None and len(trial.curve) == 5
+    assert trial.failure is None and len(trial.curve) >= 2
     assert dict((name, kept) for name, kept, _ in trial.counts)["conv1"] >= 6
     note = f"{len(failures)} candidates failed, first: {failures[0]}"
     assert any(note in each for each in result.notes)

@@ -8,7 +8,7 @@ from typing import Literal
 
 from raycompress.budget import Allocator
 from raycompress.criteria import criterion
-from raycompress.errors import ConfigError
+from raycompress.errors import ConfigError, EvaluationError
 from raycompress.pruning.pruner import Problem, Pruner, allocator
 from raycompress.search import Candidate, Search, Training, Trial
 from raycompress.structure import ChannelGroup
@@ -136,6 +136,8 @@ class NetAdapt(Pruner):
     ) -> int:
         """Index of the winner; ties go to the first."""
         alive = [i for i, trial in enumerate(trials) if trial.failure is None]
+        if not alive:
+            raise EvaluationError(f"all proposals failed, the first: {trials[0].failure}")
         if self.rule == "score" or score is None:
             return max(alive, key=lambda i: (trials[i].score, -i))
         saved = {i: fitter.excess(counts) - fitter.excess(proposals[i]) for i in alive}
