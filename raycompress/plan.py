@@ -103,8 +103,9 @@ class StudyPlan:
         num = self.tune.num_samples
         if num is None:
             num = sum(1 for _ in self.space.points())
-        names = ", ".join(self.space.parameters())
-        return f"{num} samples by {self.tune.searcher} of {names}"
+        names = list(self.space.parameters())
+        what = ", ".join(names) if len(names) <= 8 else f"{len(names)} parameters"
+        return f"{num} samples by {self.tune.searcher} of {what}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -214,7 +214,10 @@ def test_task_of_a_job_is_found_in_the_working_directory():
     assert done.stdout.strip() == "SimulatedAnnealing-macs40"
 
 
-@pytest.mark.parametrize("name", ["quickstart", "fashion_annealing", "fashion_sensitivity"])
+SHIPPED = ["quickstart", "fashion_annealing", "fashion_sensitivity", "fashion_tuned"]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_jobs_load(name):
     from raycompress.loading import load_job
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -141,6 +142,11 @@ def pareto_figure(result: JobResult, points: Sequence[Point]) -> Figure:
 
     One panel for each resource; costs are fractions of the dense model's.
     """
+    studies = {row.name: row.study for row in result.samples}
+    points = [  # the samples of a study look alike
+        replace(p, trial=studies.get(p.trial, p.trial)) if p.stage == "search" else p
+        for p in points
+    ]
     resources = [r for r in AXES if any(getattr(p, r) is not None for p in points)]
     width = 1.2 + 4.2 * len(resources)
     figure = Figure(figsize=(width, 4.9), layout="constrained")
@@ -155,7 +161,7 @@ def pareto_figure(result: JobResult, points: Sequence[Point]) -> Figure:
     for axes, resource in zip(panels, resources, strict=True):
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_xlabel(f"{AXES[resource]}, % of the dense model")
-        _panel(axes, resource, points)
+        _panel(axes, resource, points, set(studies.values()))
     panels[0].set_ylabel(f"{result.score_name} on validation data")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
@@ -169,7 +175,7 @@ AXES = {
 }
 
 
-def _panel(axes: Axes, resource: str, points: Sequence[Point]) -> None:
+def _panel(axes: Axes, resource: str, points: Sequence[Point], studies: Set[str]) -> None:
     dense = next(p for p in points if p.stage == "dense")
     whole = max(getattr(dense, resource), 1e-12)
 
@@ -186,7 +192,9 @@ def _panel(axes: Axes, resource: str, points: Sequence[Point]) -> None:
         finals = [p for p in own if p.stage == "final"]
         style = {"color": colour, "marker": marker, "linestyle": "none"}
         axes.plot(*places(searched), **style, markersize=3.5, alpha=0.45, markeredgewidth=0)
-        label = f"{name}" if finals else f"{name} (no model)"
+        label = f"{name} (no model)"
+        if finals or name in studies:
+            label = name
         axes.plot(*places(finals), **style, markersize=8, label=label, markeredgecolor="white")
     axes.plot(*places([dense]), "s", color="black", label="dense", markersize=7)
     for field, line, label in (
