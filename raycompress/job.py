@@ -220,7 +220,7 @@ def run_job(
         best=_best(trials),
         device=device,
         front=tuple(sorted(on_front, key=lambda p: (-p.macs, -p.score))),
-        num_points=len(points),
+        num_points=len({point.id for point in points}),
         dfe=sum(record["dfe"] for record in read_ledger(plan.output / "ledger")),
         run_dfe=dfe,
         seconds=time.monotonic() - start,

@@ -137,37 +137,6 @@ def search_figure(result: JobResult) -> Figure:
     return figure
 
 
-def pareto_figure(result: JobResult, points: Sequence[Point]) -> Figure:
-    """Validation score of everything evaluated against its cost, and the fronts.
-
-    One panel for each resource; costs are fractions of the dense model's.
-    """
-    studies = {row.name: row.study for row in result.samples}
-    points = [  # the samples of a study look alike
-        replace(p, trial=studies.get(p.trial, p.trial)) if p.stage == "search" else p
-        for p in points
-    ]
-    resources = [r for r in AXES if any(getattr(p, r) is not None for p in points)]
-    width = 1.2 + 4.2 * len(resources)
-    figure = Figure(figsize=(width, 4.9), layout="constrained")
-    figure.suptitle(
-        f"{len(points)} models evaluated (small: as judged in a search; large: final)",
-        x=0.01,
-        ha="left",
-        fontsize="large",
-        fontweight="bold",
-    )
-    panels = figure.subplots(1, len(resources), sharey=True, squeeze=False)[0]
-    for axes, resource in zip(panels, resources, strict=True):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.set_xlabel(f"{AXES[resource]}, % of the dense model")
-        _panel(axes, resource, points, set(studies.values()))
-    panels[0].set_ylabel(f"{result.score_name} on validation data")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
-    return figure
-
-
 AXES = {
     "macs": "multiply-adds",
     "params": "parameters",
@@ -175,28 +144,77 @@ AXES = {
 }
 
 
-def _panel(axes: Axes, resource: str, points: Sequence[Point], studies: Set[str]) -> None:
+def pareto_figure(result: JobResult, points: Sequence[Point]) -> Figure:
+    """Validation score of everything evaluated against its cost, and the fronts.
+
+    One panel for each resource; costs are fractions of the dense model's. The scale of scores is
+    that of fronts and final models; what is far below stands at its lower end.
+    """
+    studies = {row.name: row.study for row in result.samples}
+    points = [  # the samples of a study look alike
+        replace(p, trial=studies.get(p.trial, p.trial)) if p.stage == "search" else p
+        for p in points
+    ]
+    resources = [r for r in AXES if any(getattr(p, r) is not None for p in points)]
+    figure = Figure(figsize=(1.2 + 4.2 * len(resources), 4.9), layout="constrained")
+    num = len({p.id for p in points})
+    figure.suptitle(
+        f"{num} models evaluated (small: as judged in a search; large: final)",
+        x=0.01,
+        ha="left",
+        fontsize="large",
+        fontweight="bold",
+    )
+    told = [p.score for p in points if p.fronts or p.search_fronts or p.stage != "search"]
+    top, low = max(told), min(told)
+    low -= 0.25 * (top - low) or 0.05 * abs(top) or 0.05
+    panels = figure.subplots(1, len(resources), sharey=True, squeeze=False)[0]
+    for axes, resource in zip(panels, resources, strict=True):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlabel(f"{AXES[resource]}, % of the dense model")
+        _panel(axes, resource, points, low, set(studies.values()))
+    panels[0].set_ylim(low - 0.03 * (top - low), top + 0.06 * (top - low))
+    panels[0].set_ylabel(f"{result.score_name} on validation data")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    return figure
+
+
+def _panel(
+    axes: Axes, resource: str, points: Sequence[Point], low: float, studies: Set[str]
+) -> None:
     dense = next(p for p in points if p.stage == "dense")
     whole = max(getattr(dense, resource), 1e-12)
 
-    def places(some: Sequence[Point]) -> tuple[list[float], list[float]]:
+    def draw(some: Sequence[Point], marker: str, **style: Any) -> None:
         some = [p for p in some if getattr(p, resource) is not None]
-        return [100 * getattr(p, resource) / whole for p in some], [p.score for p in some]
+        x = [100 * getattr(p, resource) / whole for p in some]
+        axes.plot(x, [max(p.score, low) for p in some], marker, linestyle="none", **style)
 
-    style: dict[str, Any]
     names = list(dict.fromkeys(p.trial for p in points if p.trial))
     for index, name in enumerate(names):
-        colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index // len(COLOURS) % 3]
+        marker = MARKERS[index // len(COLOURS) % 3]
         own = [p for p in points if p.trial == name]
-        searched = [p for p in own if p.stage == "search"]
-        finals = [p for p in own if p.stage == "final"]
-        style = {"color": colour, "marker": marker, "linestyle": "none"}
-        axes.plot(*places(searched), **style, markersize=3.5, alpha=0.45, markeredgewidth=0)
-        label = f"{name} (no model)"
-        if finals or name in studies:
-            label = name
-        axes.plot(*places(finals), **style, markersize=8, label=label, markeredgecolor="white")
-    axes.plot(*places([dense]), "s", color="black", label="dense", markersize=7)
+        finished = name in studies or any(p.stage == "final" for p in own)
+        for final in (False, True):
+            some = [p for p in own if (p.stage == "final") == final and p.complete]
+            draw(
+                [p for p in some if p.score >= low],
+                marker,
+                color=COLOURS[index % len(COLOURS)],
+                markersize=8 if final else 3.5,
+                alpha=1.0 if final else 0.45,
+                markeredgecolor="white" if final else "none",
+                label=(name if finished else f"{name} (no model)") if final else None,
+            )
+    faint = {"color": "#999999", "markersize": 3.5, "alpha": 0.6}
+    if not all(p.complete for p in points):
+        some = [p for p in points if not p.complete]
+        draw(some, "x", label="seen on a part of the data", **faint)
+    below = [p for p in points if p.complete and p.score < low]
+    if below:
+        draw(below, "v", label="further down", **faint)
+    draw([dense], "s", color="black", label="dense", markersize=7)
     for field, line, label in (
         ("search_fronts", ":", "front before recovery"),
         ("fronts", "-", "front"),
@@ -205,8 +223,10 @@ def _panel(axes: Axes, resource: str, points: Sequence[Point], studies: Set[str]
             (p for p in points if resource in getattr(p, field)),
             key=lambda p: (getattr(p, resource), p.score),
         )
-        x, y = places(on)
+        draw(on, "o", markerfacecolor="none", markeredgecolor="#333333", markersize=5.5)
         # With at most so much to spend, this is the best: it holds until a better one is in reach.
-        style = {"color": "#555555", "linewidth": 1.2, "zorder": 0}
-        axes.step(x, y, line, where="post", label=label, **style)
-        axes.plot(x, y, "o", markerfacecolor="none", markeredgecolor="#333333", markersize=5.5)
+        x = [100 * getattr(p, resource) / whole for p in on]
+        scores = [p.score for p in on]
+        axes.step(
+            x, scores, line, where="post", label=label, color="#555555", linewidth=1.2, zorder=0
+        )

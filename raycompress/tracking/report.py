@@ -6,12 +6,11 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from raycompress.pareto import Point
 from raycompress.results import JobResult, Limit, ModelRow, TrialResult
 
 __all__ = ["cost_table", "front_table", "models_table", "report_markdown", "report_table"]
 
-FRONT_ROWS = 10
+FRONT_ROWS = 12
 """Points of a front that are shown; they are spread evenly over it."""
 
 
@@ -115,38 +114,33 @@ def models_table(title: str, score_name: str, rows: Sequence[ModelRow]) -> Table
 
 
 def _front(result: JobResult) -> tuple[list[str], list[list[str]], int]:
-    """Header, rows, and how many of the fronts' points are left out.
-
-    The fronts of score against MACs: of everything, then of what was judged before recovery.
-    """
-    finals = [p for p in result.front if "macs" in p.fronts]
-    before = [p for p in result.front if "macs" in p.search_fronts and "macs" not in p.fronts]
-    shown = [*_thinned(finals), *_thinned(before)]
-    timed = any(p.latency_ms is not None for p in shown)
-    header = ["id", "trial", "model", result.score_name, "MACs", "parameters"]
+    """Header, rows, and how many of the points on a front of score against MACs are left out."""
+    points = [p for p in result.front if "macs" in (*p.fronts, *p.search_fronts)]
+    last = len(points) - 1
+    chosen = points
+    if last >= FRONT_ROWS:
+        chosen = [points[round(i * last / (FRONT_ROWS - 1))] for i in range(FRONT_ROWS)]
+    timed = any(p.latency_ms is not None for p in chosen)
+    header = ["id", "trial", "model", "on the front", result.score_name, "MACs", "parameters"]
     header += ["predicted ms"] if timed else []
+    kinds = {"dense": "dense", "final": "final", "search": "before recovery"}
+    marks = {(True, True): "both", (True, False): "of all", (False, True): "before recovery"}
     rows = []
-    for p in shown:
-        kind = {"dense": "dense", "final": "final", "search": "before recovery"}[p.stage]
-        row = [p.id, p.trial, kind, f"{p.score:.4f}", _number(p.macs), _number(p.params)]
+    for p in chosen:
+        mark = marks["macs" in p.fronts, "macs" in p.search_fronts]
+        row = [p.id, p.trial, kinds[p.stage], mark, f"{p.score:.4f}"]
+        row += [_number(p.macs), _number(p.params)]
         if timed:
             row.append("-" if p.latency_ms is None else f"{p.latency_ms:.2f}")
         rows.append(row)
-    return header, rows, len(finals) + len(before) - len(shown)
-
-
-def _thinned(points: Sequence[Point]) -> list[Point]:
-    last = len(points) - 1
-    if last < FRONT_ROWS:
-        return list(points)
-    return [points[round(i * last / (FRONT_ROWS - 1))] for i in range(FRONT_ROWS)]
+    return header, rows, len(points) - len(chosen)
 
 
 def front_table(result: JobResult) -> Table:
     """The front of everything that was evaluated, for a terminal."""
     header, rows, more = _front(result)
     table = Table(
-        title=f"Front of {result.num_points} evaluated models, validation data",
+        title=f"Fronts of {result.num_points} evaluated models, validation data",
         title_justify="left",
         title_style="bold",
         caption=(f"{more} more, and everything else, in " if more else "everything is in ")
@@ -154,7 +148,7 @@ def front_table(result: JobResult) -> Table:
         caption_justify="left",
     )
     for index, name in enumerate(header):
-        table.add_column(name, justify="left" if index < 3 else "right", no_wrap=index == 0)
+        table.add_column(name, justify="left" if index < 4 else "right", no_wrap=index == 0)
     for row in rows:
         table.add_row(*row)
     return table
@@ -190,9 +184,9 @@ def _front_section(result: JobResult) -> list[str]:
         "## Front",
         "",
         f"Of {result.num_points} models that were evaluated, those that no other beats in "
-        f"{result.score_name} (validation data) and MACs; then the same before recovery. "
-        f"{f'{more} more of them, and everything' if more else 'Everything'} else, is in "
-        "`pareto.parquet`, fronts by parameters and predicted latency too.",
+        f"{result.score_name} (validation data) and MACs: among all of them, and among those "
+        f"before recovery{f' ({more} more are not shown)' if more else ''}. Everything is in "
+        "`pareto.parquet`, with the fronts by parameters and predicted latency.",
         "",
         _row(header),
         _row(["---"] * len(header)),

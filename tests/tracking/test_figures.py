@@ -58,6 +58,7 @@ def points(num_trials, *, timed=False):
         finals = {"trial": name, "macs": 50, "params": 9 + i, "loss": 0.2}
         found.append(Point(id=f"f{i}", stage="final", score=0.8 - i / 100, **finals, **ms))
         found.append(Point(id=f"s{i}", step=0, score=0.3 + i / 100, **finals))
+        found.append(Point(id=f"w{i}", step=0, score=0.01, **finals))
     return marked(found)
 
 
@@ -80,6 +81,9 @@ def test_fronts_are_drawn_of_everything_and_of_what_searches_judged():
     assert list(lines["front"].get_xdata()) == [50.0, 100.0]
     assert list(lines["front"].get_ydata()) == [0.8, 0.9]
     assert list(lines["front before recovery"].get_ydata()) == [0.32, 0.9]
+    # What is far below is shown at the lower end, and doesn't stretch the scale.
+    worse = lines["further down"].get_ydata()
+    assert len(worse) == 3 and figure.axes[0].get_ylim()[0] < worse[0] and worse[0] > 0.1
     assert [axes.get_xlabel().split(",")[0] for axes in figure.axes] == [
         "multiply-adds",
         "parameters",
