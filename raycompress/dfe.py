@@ -72,12 +72,13 @@ class Prices:
         relative = self._relative(counts)
         dfe = relative * self._calibration(candidate.recalibrate)
         if candidate.reconstruct is not None:
-            # One look at the order of calls; then, for each layer, both models up to it: on
-            # average half of each.
+            # One look at the order of calls; one pass of the dense model, which answers for all
+            # layers (and for the candidates after, on the same host); then, for each layer, the
+            # model up to it: on average half of it.
             dfe += relative * self._calibration(1)
             layers = self._num_readers(counts) if counts else len(candidate.kept)
             each = self._calibration(candidate.reconstruct.batches)
-            dfe += layers * each * (relative + 1.0) / 2
+            dfe += each * (1.0 + layers * relative / 2)
         return dfe
 
     def _calibration(self, batches: int) -> float:

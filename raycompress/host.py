@@ -22,6 +22,7 @@ from raycompress.collect import Collector, Probe
 from raycompress.data import Splits
 from raycompress.errors import TaskError
 from raycompress.identity import data_digest, numeric_class, task_digest
+from raycompress.layer_rows import Answers
 from raycompress.masks import Masks, hold, masked_copy, weight_masks
 from raycompress.method import TrainingRun
 from raycompress.recalibration import recalibrate
@@ -75,6 +76,7 @@ class ModelHost:
         self._rankings: dict[str, Ranking] = {}
         settings = self.evaluation
         self._splits = Splits(task, settings.batch_size, settings.num_shards, self.device)
+        self._imitated: tuple[str, int, nn.Module, Answers] | None = None
         self._built: OrderedDict[Candidate, nn.Module] = OrderedDict()
 
     def info(self) -> HostInfo:
@@ -250,9 +252,13 @@ class ModelHost:
             layers = {parameters[key]: mask for key, mask in masks.items() if key in parameters}
             outputs = {}
         batches = self._splits.calibration(how.batches)
-        # In dense shapes, whatever those weights have lost: `outputs` counts dense channels.
-        self._load(how.dense)
-        dense = copy.deepcopy(self._base).to(self.device).eval()
+        # What candidates of one search imitate is the same, and is asked once.
+        if self._imitated is None or self._imitated[:2] != (how.dense, how.batches):
+            # In dense shapes, whatever those weights have lost: `outputs` counts dense channels.
+            self._load(how.dense)
+            dense = copy.deepcopy(self._base).to(self.device).eval()
+            self._imitated = (how.dense, how.batches, dense, {})
+        *_, dense, known = self._imitated
         reconstruct(
             model,
             dense,
@@ -261,6 +267,7 @@ class ModelHost:
             self.task.forward,
             batches,
             damping=how.damping,
+            known=known,
         )
 
     def _load(self, digest: str) -> None:

@@ -20,10 +20,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from raycompress.layer_rows import Answers, ask, calls_of, inputs_of, rows_of, unfit
 from raycompress.structure import Structure
 from raycompress.structure.model import Kept
 
@@ -33,12 +32,7 @@ __all__ = [
     "lost_inputs",
     "reconstruct",
     "solve",
-    "unfit",
-    "windows",
 ]
-
-MAX_ROWS = 4096
-"""Rows taken from each batch, drawn without replacement: more cost time and change little."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +77,7 @@ def reconstruct(
     batches: Sequence[Any],
     *,
     damping: float = 0.01,
+    known: Answers | None = None,
 ) -> list[LayerError]:
     """Changes weights and biases of layers of the pruned model in place.
 
@@ -95,27 +90,28 @@ def reconstruct(
         forward: Runs a model on a batch.
         batches: Calibration batches.
         damping: See above.
+        known: What the dense model answered to these batches before; grows.
 
     Returns:
         One entry for each layer, in the order of the forward pass.
     """
-    order = _calls(pruned, list(layers), forward, batches[0])
+    order = calls_of(pruned, list(layers), forward, batches[0])
     report = [LayerError(n, skipped="not called by the model") for n in layers if n not in order]
-    pruned_modules, dense_modules = dict(pruned.named_modules()), dict(dense.named_modules())
+    modules, answers = dict(pruned.named_modules()), {} if known is None else known
+    left = [name for name in order if not unfit(modules[name])]
     for name, calls in order.items():
-        module = pruned_modules[name]
+        module = modules[name]
         reason = unfit(module)
         if reason:
             report.append(LayerError(name, skipped=reason))
             continue
+        ask(answers, left[left.index(name) :], dense, forward, batches)
         sums = _Sums(module)
-        for batch in batches:
-            inputs = _seen(pruned, module, forward, batch, calls, inputs=True)
-            targets = _seen(dense, dense_modules[name], forward, batch, calls, inputs=False)
+        for batch, targets in zip(batches, answers[name], strict=True):
+            inputs = inputs_of(pruned, module, forward, batch, calls)
             for x, y in zip(inputs, targets, strict=True):
                 if name in outputs:
-                    dim = 1 if isinstance(module, _ConvNd) else -1
-                    y = y.index_select(dim, outputs[name].to(y.device))
+                    y = y.index_select(1, outputs[name].to(y.device))
                 sums.add(x, y)
         report.append(_update(name, module, sums, layers[name], damping))
     return report
@@ -189,13 +185,9 @@ class _Sums:
         self.gram = self.cross = torch.zeros(())
         self.square = 0.0
 
-    def add(self, x: Tensor, y: Tensor) -> None:
-        rows, targets = _rows(self._module, x), _targets(self._module, y)
-        if len(rows) > MAX_ROWS:
-            generator = torch.Generator().manual_seed(len(rows))
-            chosen = torch.randperm(len(rows), generator=generator)[:MAX_ROWS].to(rows.device)
-            rows, targets = rows[chosen], targets[chosen]
-        rows, targets = rows.double(), targets.double()
+    def add(self, x: Tensor, targets: Tensor) -> None:
+        """Inputs of one call, and the rows of outputs that are looked at."""
+        rows, targets = rows_of(self._module, x).double(), targets.double()
         if self._module.bias is not None:
             rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
         self.gram = self.gram.to(rows.device) + rows.T @ rows
@@ -232,111 +224,3 @@ def _error(sums: _Sums, matrix: Tensor) -> float:
     """||XW - Y||^2 / ||Y||^2 from the sums."""
     value = (matrix * (sums.gram @ matrix)).sum() - 2 * (matrix * sums.cross).sum()
     return max(float(value) + sums.square, 0.0) / max(sums.square, 1e-300)
-
-
-def unfit(module: nn.Module) -> str:
-    """Why a layer can't be reconstructed; "" if it can."""
-    if isinstance(module, nn.Linear):
-        return ""
-    if not isinstance(module, _ConvNd):
-        return f"{type(module).__name__} is neither Linear nor a convolution"
-    if isinstance(module, _ConvTransposeNd):
-        return "a transposed convolution"
-    return "" if module.groups == 1 else "a grouped convolution"
-
-
-def windows(module: nn.Module, x: Tensor) -> Tensor:
-    """What each output of a layer looks at: (N, *positions, I), of a convolution (..., I, *kernel).
-
-    A view of the (padded) input: whoever takes some positions never holds all of them.
-    """
-    if not isinstance(module, _ConvNd):
-        return x
-    dims = len(module.kernel_size)
-    if x.dim() == dims + 1:
-        x = x.unsqueeze(0)
-    padding: Any = module.padding
-    if module.padding_mode != "zeros" or isinstance(padding, str):
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
-        padding = (0,) * dims
-    for d in range(dims):
-        x = F.pad(x, (0, 0) * (dims - 1 - d) + (padding[d], padding[d]))
-    # Windows of each dim, one after the other: (N, C, *positions, *kernel).
-    for d in range(dims):
-        reach = module.dilation[d] * (module.kernel_size[d] - 1) + 1
-        x = x.unfold(2 + d, reach, module.stride[d])[..., :: module.dilation[d]]
-    positions = list(range(2, 2 + dims))
-    kernel = list(range(2 + dims, 2 + 2 * dims))
-    return x.permute(0, *positions, 1, *kernel)
-
-
-def _rows(module: nn.Module, x: Tensor) -> Tensor:
-    """What a layer multiplies by its weights: shape (R, I)."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return windows(module, x).reshape(-1, weight[0].numel())
-
-
-def _targets(module: nn.Module, y: Tensor) -> Tensor:
-    """A layer's outputs: shape (R, O)."""
-    if not isinstance(module, _ConvNd):
-        return y.flatten(0, -2)
-    if y.dim() == len(module.kernel_size) + 1:
-        y = y.unsqueeze(0)
-    return y.movedim(1, -1).flatten(0, -2)
-
-
-def _calls(
-    model: nn.Module, names: Sequence[str], forward: Callable[..., object], batch: Any
-) -> dict[str, int]:
-    """How often each layer is called in a pass, in the order of the first calls."""
-    seen: dict[str, int] = {}
-
-    def count(name: str) -> Callable[..., None]:
-        def hook(*_: object) -> None:
-            seen[name] = seen.get(name, 0) + 1
-
-        return hook
-
-    modules = dict(model.named_modules())
-    handles = [modules[name].register_forward_pre_hook(count(name)) for name in names]
-    try:
-        with torch.no_grad():
-            forward(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
-
-
-class _Enough(Exception):
-    """All calls of the layer were seen; the rest of the pass isn't needed."""
-
-
-def _seen(
-    model: nn.Module,
-    module: nn.Module,
-    forward: Callable[..., object],
-    batch: Any,
-    calls: int,
-    *,
-    inputs: bool,
-) -> list[Tensor]:
-    """Inputs or outputs of one layer in one pass."""
-    found: list[Tensor] = []
-
-    def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        found.append((args[0] if inputs else output).detach())
-        if len(found) == calls:
-            raise _Enough
-
-    handle = module.register_forward_hook(hook)
-    try:
-        with torch.no_grad():
-            forward(model, batch)
-    except _Enough:
-        return found
-    finally:
-        handle.remove()
-    return found

@@ -59,7 +59,7 @@ def test_a_training_step_is_three_passes(toy):
     assert prices.training_of(built, {}) == pytest.approx(0.32)
 
 
-def test_reconstruction_is_half_of_both_models_for_each_layer_that_lost_inputs(toy):
+def test_reconstruction_is_a_dense_pass_and_half_of_the_model_for_each_layer_that_lost_inputs(toy):
     problem, _, prices, _ = toy
     counts = {"conv1": 4, "conv3": 8}
     kept = {name: torch.arange(count) for name, count in counts.items()}
@@ -67,7 +67,7 @@ def test_reconstruction_is_half_of_both_models_for_each_layer_that_lost_inputs(t
     assert set(layers) == {"conv2", "conv3", "fc"}
     share = problem.structure.cost(counts).macs / problem.structure.cost().macs
     candidate = Candidate("w", reconstruct=Reconstruction("w", batches=2))
-    expected = share * (1 + 0.16) + 3 * 0.32 * (share + 1) / 2
+    expected = share * (1 + 0.16) + 0.32 * (1 + 3 * share / 2)
     assert prices.evaluation_of(candidate, counts) == pytest.approx(expected)
 
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from raycompress import layer_rows
 from raycompress.criteria import L1, Magnitude
+from raycompress.layer_rows import rows_of, targets_of
 from raycompress.masks import masked_copy
 from raycompress.reconstruction import (
     Reconstruction,
-    _rows,
-    _targets,
     lost_inputs,
     reconstruct,
     solve,
@@ -83,8 +83,8 @@ def test_inputs_that_repeat_others_can_go_at_no_loss():
 def test_rows_times_weights_are_the_layers_outputs(layer, shape):
     layer = layer.double()
     x = torch.randn(shape).double()
-    rows = _rows(layer, x)
-    expected = _targets(layer, layer(x))
+    rows = rows_of(layer, x)
+    expected = targets_of(layer, layer(x))
     assert torch.allclose(rows @ layer.weight.flatten(1).T + layer.bias, expected)
 
 
@@ -201,3 +201,60 @@ def test_a_slim_parent_is_imitated_like_a_dense_one(tmp_path):
     )
     assert again.failure is None and again.loss == pytest.approx(base.loss, rel=1e-4)
     assert helped.loss < base.loss + 0.8 * (plain.loss - base.loss)
+
+
+class InPlace(Net):
+    """What comes after a layer overwrites its answer."""
+
+    def forward(self, x):
+        x = self.b(self.a(x).relu_())
+        return self.c(x.relu_().mean((2, 3))).relu_()
+
+
+@pytest.mark.parametrize("room", [1, layer_rows.MAX_ANSWERS])
+@pytest.mark.parametrize("most", [50, 4096])
+def test_what_the_dense_model_answered_before_is_not_asked_again(monkeypatch, room, most):
+    """Nor does it matter how much of it is kept, or how many rows are looked at."""
+    monkeypatch.setattr(layer_rows, "MAX_ANSWERS", room)
+    monkeypatch.setattr(layer_rows, "MAX_ROWS", most)
+    torch.manual_seed(0)
+    model = InPlace().double().eval()
+    batches = [torch.randn(4, 3, 7, 7).double() for _ in range(2)]
+    structure = analyze(model, batches[0])
+    kept = {"a": torch.arange(2, 7), "b": torch.tensor([1, 4, 5])}
+    passes = []
+
+    def forward(which, batch):
+        passes.append(which is model)
+        return which(batch)
+
+    def run(known):
+        small = slim(model, structure, kept)
+        reconstruct(small, model, *lost_inputs(structure, kept), forward, batches, known=known)
+        return small.state_dict()
+
+    known = {}
+    first = run(known)
+    asked = sum(passes)
+    assert asked == (4 if room == 1 else 2)  # each layer for itself, or both in one pass
+    again, fresh = run(known), run(None)
+    assert sum(passes) == (8 if room == 1 else 2) + asked
+    assert all(torch.equal(first[k], again[k]) and torch.equal(first[k], fresh[k]) for k in first)
+    assert set(known) == ({"c"} if room == 1 else {"b", "c"})
+    if room == 1:
+        return
+    with torch.no_grad():
+        for layer, size in (("b", 8 * 49), ("c", 8)):
+            answers = [rows for batch in known[layer] for rows in batch]
+            assert sum(len(rows) for rows in answers) == min(size, 2 * most)
+            if layer == "b" and most == 4096:
+                expected = model.b(torch.relu(model.a(batches[0]))).movedim(1, -1).flatten(0, 2)
+                assert torch.equal(answers[0], expected)
+
+
+def test_the_same_rows_are_looked_at_of_inputs_and_of_outputs(monkeypatch):
+    monkeypatch.setattr(layer_rows, "MAX_ROWS", 11)
+    layer, x = nn.Conv2d(3, 4, 3, padding=1).double(), torch.randn(2, 3, 6, 5).double()
+    rows, targets = rows_of(layer, x), targets_of(layer, layer(x))
+    assert len(rows) == 11 and len(rows.unique(dim=0)) == 11
+    assert torch.allclose(rows @ layer.weight.flatten(1).T + layer.bias, targets)

@@ -22,7 +22,7 @@ from raycompress.criteria.activation import ActivationCriterion
 from raycompress.criteria.criterion import Criterion, Statistics
 from raycompress.criteria.surgeon import Reader, removal_order
 from raycompress.errors import ConfigError, EvaluationError
-from raycompress.reconstruction import unfit, windows
+from raycompress.layer_rows import unfit, windows
 from raycompress.structure import ChannelGroup, Structure
 
 __all__ = ["OBS"]

@@ -14,10 +14,11 @@ from raycompress.budget import Allocator, Budget
 from raycompress.criteria import CRITERIA, OBS, obs
 from raycompress.criteria.surgeon import Reader, removal_order
 from raycompress.errors import ConfigError, EvaluationError
+from raycompress.layer_rows import windows
 from raycompress.local import LocalExecutor
 from raycompress.masks import masked_copy, prune_order
 from raycompress.pruning.pruner import Problem
-from raycompress.reconstruction import Reconstruction, lost_inputs, reconstruct, windows
+from raycompress.reconstruction import Reconstruction, lost_inputs, reconstruct
 from raycompress.search import Search, run_search
 from raycompress.structure import analyze, slim
 from raycompress.weights import Weights, WeightStore
