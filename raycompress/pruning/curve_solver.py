@@ -32,8 +32,11 @@ from raycompress.search import Asked, Candidate, Probes, Race, Ranking, Search, 
 
 __all__ = ["CurveSolver", "Curves"]
 
-NUM_LEVELS = 12
-"""Widths of each group in the first, coarse program; finer ones follow around its solution."""
+MAX_LEVELS = 24
+"""Widths of a group in the first program, at most; fewer where there are many groups."""
+
+MAX_MOVES = 8
+"""Programs at one fineness: each starts around the last one's solution, until it stays."""
 
 
 @dataclass(frozen=True)
@@ -187,24 +190,28 @@ class CurveSolver(Pruner):
     def solution(self, fitter: Allocator, curves: Curves) -> dict[str, int]:
         """The allocation with the smallest sum of losses within the budget.
 
-        A coarse program over all widths first, then finer ones around its solution, down to single
-        steps.
+        Exact where no group has more than `MAX_LEVELS` widths; else a coarse program over all of
+        them first, then finer ones around its solution, down to single steps.
         """
         sizes = {
             group.name: [*fitter.sizes(group.name), group.num_channels] for group in fitter.groups
         }
-        strides = {name: max(-(-len(each) // NUM_LEVELS), 1) for name, each in sizes.items()}
+        # The program grows with the pairs of levels of groups that meet, a few for each group.
+        num_levels = min(max(int((20_000 / max(len(sizes), 1)) ** 0.5), 8), MAX_LEVELS)
+        strides = {name: max(-(-len(each) // num_levels), 1) for name, each in sizes.items()}
         levels = {name: [*each[:: strides[name]], each[-1]] for name, each in sizes.items()}
         counts = self._solved(fitter, curves, levels)
         while max(strides.values()) > 1:
             strides = {name: -(-stride // 2) for name, stride in strides.items()}
-            for name, each in sizes.items():
-                at, stride = each.index(counts[name]), strides[name]
-                near = {min(max(at + i * stride, 0), len(each) - 1) for i in (-2, -1, 0, 1, 2)}
-                levels[name] = [each[i] for i in sorted(near)]
-            counts = self._solved(fitter, curves, levels)
-            if all(stride == 1 for stride in strides.values()):
-                break
+            for _ in range(MAX_MOVES):
+                before = counts
+                for name, each in sizes.items():
+                    at, stride = each.index(counts[name]), strides[name]
+                    near = {min(max(at + i * stride, 0), len(each) - 1) for i in range(-3, 4)}
+                    levels[name] = [each[i] for i in sorted(near)]
+                counts = self._solved(fitter, curves, levels)
+                if counts == before:
+                    break
         return fitter.fill(counts)
 
     def _solved(

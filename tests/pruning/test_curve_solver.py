@@ -9,18 +9,20 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.isotonic import IsotonicRegression
 
 import raycompress
-from raycompress.budget import Allocator
+from raycompress.budget import Allocator, Budget
 from raycompress.errors import BudgetError, ConfigError
 from raycompress.ledger import read_ledger
 from raycompress.pruning import CurveSolver
 from raycompress.pruning.curve_solver import Curves, falling
 from raycompress.search import Probes, Race, Ranking, run_search
-from raycompress.testing import PrunerContract, toy_problem
+from raycompress.structure import analyze
+from raycompress.testing import PrunerContract, ToyNet, toy_problem
 
 
 class TestContract(PrunerContract):
@@ -86,10 +88,36 @@ def test_solution_is_brute_force(seed, percent):
     )
 
 
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 1000), percent=st.integers(15, 80))
+def test_coarse_to_fine_is_near_the_exact_solution(seed, percent):
+    """Convex curves on a net too wide for one program of single steps."""
+    structure = analyze(ToyNet(28).eval(), (torch.randn(1, 2, 8, 8),), form="module")
+    rng = np.random.default_rng(seed)
+    widths, losses = {}, {}
+    for group in structure.groups:
+        num, scale = group.num_channels, rng.exponential(1.0)
+        widths[group.name] = tuple(sorted({max(num * i // 6, 1) for i in range(1, 7)}))
+        losses[group.name] = tuple(scale * (1 - count / num) ** 2 for count in widths[group.name])
+    curves = Curves(Ranking("channels", {}), 0.0, widths, losses)
+    names = tuple(group.name for group in structure.groups)
+    fitter = Allocator(structure, names, Budget.of({"macs": f"{percent}%"}))
+    found = CurveSolver().solution(fitter, curves)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("raycompress.pruning.curve_solver.MAX_LEVELS", 100)
+        exact = CurveSolver().solution(fitter, curves)
+    total = [
+        sum(float(curves.at(name, [count])[0]) for name, count in counts.items())
+        for counts in (found, exact)
+    ]
+    assert fitter.meets(found)
+    assert total[0] <= 1.02 * total[1] + 1e-9
+
+
 def test_steps_are_probes_then_races():
     with tempfile.TemporaryDirectory() as folder:
         problem, executor = toy_problem(folder, {"macs": "50%"})
-        pruner = CurveSolver(iterations=1, neighbours=2, probes=(0.5,), share=0.5)
+        pruner = CurveSolver(criterion="l1", iterations=1, neighbours=2, probes=(0.5,), share=0.5)
         search = pruner.search(problem)
         probes = next(search)
         assert isinstance(probes, Probes)
