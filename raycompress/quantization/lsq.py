@@ -206,17 +206,18 @@ class LSQ(Quantizer):
     def calibrate(
         self, model: nn.Module, forward: Callable[[nn.Module, Any], Any], batches: Iterable[Any]
     ) -> None:
-        """Sets the step sizes of inputs by the first batch, layer after layer."""
-        steps = [m for m in model.modules() if isinstance(m, LearnedStep)]
-        modes = [step.training for step in steps]
-        for step in steps:
-            step.train()
+        """Sets the step sizes of inputs by the first batch, layer after layer, and nothing else."""
+        modes = {module: module.training for module in model.modules()}
+        model.eval()
+        for module in modes:
+            if isinstance(module, LearnedStep):
+                module.train()
         with torch.no_grad():
             for batch in batches:
                 forward(model, batch)
                 break
-        for step, mode in zip(steps, modes, strict=True):
-            step.train(mode)
+        for module, mode in modes.items():
+            module.training = mode
 
     def methods(self, model: nn.Module) -> tuple[TrainingMethod, ...]:
         """Step sizes aren't decayed and stay above 0."""
