@@ -136,7 +136,7 @@ def write_candidates(plan: Plan, path: Path) -> None:
             "key": record["key"],
             "kind": record["kind"],
             "candidate": json.dumps(record["candidate"]),
-            "split": record["split"],
+            "split": record.get("split"),
             "score": sum(s[1] for s in record["shards"])
             / max(sum(s[0] for s in record["shards"]), 1),
             "loss": sum(s[2] for s in record["shards"])

@@ -179,6 +179,9 @@ def test_model_in_mlflow_loads_elsewhere_at_another_batch_size(tmp_path):
     assert client.get_registered_model("toy").latest_versions[0].run_id == child.info.run_id
     assert child.data.tags["mlflow.parentRunId"] == result.run_id
     assert parent.data.metrics["slim/macs"] <= 0.5 * parent.data.metrics["dense/macs"]
+    assert parent.data.metrics["job/dfe"] == pytest.approx(result.dfe) and result.dfe > 6
+    assert parent.data.metrics["job/seconds"] > child.data.metrics["search/seconds"] > 0
+    assert {"pareto.parquet", "report.md"} <= {a.path for a in client.list_artifacts(result.run_id)}
     again = run(job)  # continues the same runs
     assert again.run_id == result.run_id and again.trials[0].run_id == result.trials[0].run_id
     experiment = parent.info.experiment_id

@@ -187,3 +187,19 @@ def test_points_of_a_trial_that_failed_can_be_had_as_well(tmp_path, monkeypatch)
     done = raycompress.materialize(tmp_path, point.id)
     assert done.rows[-1].score_validation == point.score
     assert torch.isfinite(torch.tensor(done.rows[-1].score_test))
+
+
+@pytest.mark.slow
+def test_on_ray_it_is_the_same_model(output):
+    point = pick(points_of(output / "slim"), stage="search", reconstructed=True)
+    here = raycompress.materialize(output / "slim", point.id)
+    (output / "slim/ledger/materialize.jsonl").unlink()  # so that replicas build it, too
+    there = raycompress.materialize(
+        output / "slim",
+        point.id,
+        overrides=["cluster.executor=ray", "cluster.replicas=1", "cluster.cpus=0.5"],
+    )
+    assert [r.score_test for r in there.rows] == [r.score_test for r in here.rows]
+    assert there.rows[-1].score_validation == point.score
+    workers = {r["worker"] for r in read_ledger(output / "slim/ledger") if "replica" in r["worker"]}
+    assert workers == {"replica-0"}

@@ -156,7 +156,7 @@ def pareto_figure(result: JobResult, points: Sequence[Point]) -> Figure:
         for p in points
     ]
     resources = [r for r in AXES if any(getattr(p, r) is not None for p in points)]
-    figure = Figure(figsize=(1.2 + 4.2 * len(resources), 4.9), layout="constrained")
+    figure = Figure(figsize=(1.2 + 3.6 * len(resources), 4.9), layout="constrained")
     num = len({p.id for p in points})
     figure.suptitle(
         f"{num} models evaluated (small: as judged in a search; large: final)",
