@@ -1,4 +1,4 @@
-"""The command line. Exit codes: 0 done, 1 the job failed, 2 bad input, 75 stopped and resumable.
+"""The command line. Its exit codes are in `EPILOG`.
 
 Heavy imports stand inside the commands, so that `--help` answers at once.
 """
@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from raycompress import __version__
-from raycompress.errors import ConfigError, InputError, InterruptedJob, RaycompressError
-from raycompress.terminal import nothing_on_stdout, show_error, unexpected
+from raycompress import __version__, remote
+from raycompress.errors import ConfigError, InputError
+from raycompress.terminal import guarded, nothing_on_stdout
 
 if TYPE_CHECKING:
     from raycompress.config import JobConfig
@@ -27,7 +27,7 @@ __all__ = ["app", "main"]
 
 EPILOG = (
     "Exit codes: 0 done; 1 the job failed; 2 bad input, nothing was started; "
-    "75 stopped, the same command continues."
+    "75 stopped, the same command continues; 130 Ctrl-C left a submitted job running."
 )
 
 app = typer.Typer(
@@ -68,26 +68,6 @@ def _options(
         raise typer.Exit
 
 
-def _guarded(action: Callable[[], None], debug: bool) -> None:
-    """Runs a command; errors become one message and an exit code."""
-    try:
-        action()
-    except RaycompressError as error:
-        if debug:
-            raise
-        show_error(str(error))
-        raise typer.Exit(error.exit_code) from None
-    except KeyboardInterrupt:
-        show_error("stopped; the same command starts again")
-        raise typer.Exit(InterruptedJob.exit_code) from None
-    except Exception as error:
-        # The task's own code, or a bug: what it takes to find it is kept, off the screen.
-        if debug:
-            raise
-        show_error(unexpected(error))
-        raise typer.Exit(RaycompressError.exit_code) from None
-
-
 def _with_job(
     action: Callable[[JobConfig], None],
     job: Path,
@@ -97,7 +77,7 @@ def _with_job(
 ) -> None:
     """Loads a job and acts on it; what is wrong with it later has its line too."""
 
-    def guarded() -> None:
+    def loaded() -> None:
         from raycompress.loading import load_source
 
         config, source = load_source(job, overrides or (), output)
@@ -106,7 +86,7 @@ def _with_job(
         except InputError as error:
             raise _located(error, source) from error
 
-    _guarded(guarded, debug)
+    guarded(loaded, debug)
 
 
 def _located(error: InputError, source: Source) -> InputError:
@@ -264,7 +244,7 @@ def analyze(
         for part in overview(structure, console.width):
             console.print(part)
 
-    _guarded(make_folder, debug)
+    guarded(make_folder, debug)
     _with_job(action, job, set_, None, debug)
 
 
@@ -299,7 +279,7 @@ def report(
                 console.print(front_table(result))
             console.print(cost_table(result))
 
-    _guarded(action, debug)
+    guarded(action, debug)
 
 
 @app.command(epilog=EPILOG)
@@ -345,7 +325,7 @@ def materialize(
         if json:
             print(done.to_json())
 
-    _guarded(action, debug)
+    guarded(action, debug)
 
 
 @app.command(epilog=EPILOG)
@@ -363,7 +343,7 @@ def ui(
         print(f"http://127.0.0.1:{port}  (Ctrl-C ends it)", flush=True)
         os.execvpe(command[0], command, {**os.environ, **environment})
 
-    _guarded(action, debug)
+    guarded(action, debug)
 
 
 @app.command(epilog=EPILOG)
@@ -391,7 +371,7 @@ def init(
         where = "" if folder == Path(".") else f"cd {folder} && "
         print(f"next:  {where}raycompress run job.yaml")
 
-    _guarded(action, debug)
+    guarded(action, debug)
 
 
 @app.command(epilog=EPILOG)
@@ -402,3 +382,7 @@ def schema() -> None:
     from raycompress.schema import json_schema
 
     print(json_module.dumps(json_schema(), indent=2))
+
+
+for _command in (remote.submit, remote.status, remote.stop):
+    app.command(epilog=EPILOG)(_command)

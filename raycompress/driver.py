@@ -207,6 +207,7 @@ def backend_of(config: JobConfig, progress: Progress, stack: ExitStack) -> Backe
     from raycompress.distributed.cluster import connect
 
     stack.enter_context(connect(config.cluster))
+    stack.enter_context(terminable())  # again: Ray has put its own handler there
     return RayBackend()
 
 

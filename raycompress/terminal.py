@@ -6,12 +6,43 @@ import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 
+import typer
 from rich.console import Console
 
-__all__ = ["nothing_on_stdout", "show_error", "unexpected"]
+from raycompress.errors import InterruptedJob, RaycompressError
+
+__all__ = ["Stopped", "guarded", "nothing_on_stdout", "show_error", "unexpected"]
+
+
+class Stopped(RaycompressError):
+    """Ctrl-C, while the job goes on elsewhere. Exit code 130."""
+
+    exit_code = 130
+
+
+def guarded(action: Callable[[], None], debug: bool) -> None:
+    """Runs a command; errors become one message and an exit code."""
+    try:
+        action()
+    except (typer.Exit, typer.Abort):
+        raise
+    except RaycompressError as error:
+        if debug:
+            raise
+        show_error(str(error))
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        show_error("stopped; the same command starts again")
+        raise typer.Exit(InterruptedJob.exit_code) from None
+    except Exception as error:
+        # The task's own code, or a bug: what it takes to find it is kept, off the screen.
+        if debug:
+            raise
+        show_error(unexpected(error))
+        raise typer.Exit(RaycompressError.exit_code) from None
 
 
 def show_error(message: str) -> None:

@@ -9,7 +9,9 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -101,10 +103,11 @@ def test_stopped_job_says_that_it_can_be_continued(tmp_path):
     assert "the same command continues" in err and "Traceback" not in err
 
 
-@pytest.fixture
-def head(tmp_path):
+@contextmanager
+def running_head(**variables):
     """A local head with its dashboard, in a session of its own so that it alone is stopped."""
-    env = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = {**os.environ, "PATH": path, "RAY_USAGE_STATS_ENABLED": "0", **variables}
     ray = str(Path(sys.executable).parent / "ray")
     process = subprocess.Popen(
         [ray, "start", "--head", "--block", "--num-cpus=4", "--dashboard-host=127.0.0.1"],
@@ -117,6 +120,8 @@ def head(tmp_path):
     def up():
         try:
             urllib.request.urlopen("http://127.0.0.1:8265/api/version", timeout=2).read()
+        except urllib.error.HTTPError:
+            return True  # it wants a token
         except OSError:
             return False
         return True
@@ -134,6 +139,74 @@ def head(tmp_path):
             except ProcessLookupError:
                 continue
         process.wait()
+
+
+@pytest.fixture
+def head():
+    with running_head(RAY_AUTH_MODE="disabled") as found:
+        yield found
+
+
+@pytest.fixture
+def guarded_head(tmp_path):
+    (tmp_path / "token").write_text("a-token-of-thirty-two-characters")
+    with running_head(
+        RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(tmp_path / "token"), HOME=str(tmp_path)
+    ) as found:
+        yield found
+
+
+def test_submit_follow_stop_and_resume_on_a_cluster_with_a_token(tmp_path, guarded_head):
+    _, env = guarded_head
+    without = {k: v for k, v in env.items() if not k.startswith("RAY_AUTH")}
+    elsewhere = {**without, "HOME": str(tmp_path / "none")}
+    asked = raycompress("status", env=elsewhere, stderr=subprocess.PIPE)
+    _, err = asked.communicate(timeout=60)
+    assert asked.returncode == 2 and "the cluster wants its token: set RAY_AUTH_MODE=token" in err
+    # The token's path alone is enough: Ray would send none without RAY_AUTH_MODE.
+    env = {**without, "RAY_AUTH_TOKEN_PATH": env["RAY_AUTH_TOKEN_PATH"]}
+
+    def call(*arguments):
+        done = raycompress(*arguments, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        out, err = done.communicate(timeout=300)
+        return done.returncode, out, err
+
+    folder, output = tmp_path / "code", tmp_path / "out"
+    for package in ("jobs", "raycompress"):
+        shutil.copytree(ROOT / package, folder / package)
+    (folder / "x.yaml").write_text(JOB.replace("iterations: 80", "iterations: 300"))
+    where = ("--working-dir", str(folder), "--output", str(output))
+    first = raycompress(
+        *("submit", str(folder / "x.yaml"), *where),
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    part = output / "ledger" / "SimulatedAnnealing-macs40.jsonl"
+    wait_for(lambda: num_lines(part) >= 20)
+    code, out, _ = call("status", "chaos")
+    assert code == 0 and out.startswith("chaos-1  running")
+    code, _, err = call("submit", str(folder / "x.yaml"), *where)
+    assert code == 2 and "job 'chaos' is running as chaos-1" in err
+    code, _, err = call("stop", "chaos")
+    assert code == 0 and f"stopped; what was finished is in {output}" in err
+    assert "submit --resume chaos" in err
+    out, err = first.communicate(timeout=60)
+    assert first.returncode == 75 and "chaos-1 was stopped; continue with" in err
+    assert "Search: SimulatedAnnealing-macs40" in out  # it was followed
+    finished = num_lines(part)
+    assert not (output / "results" / "summary.json").exists()
+
+    code, out, err = call("submit", "--resume", "chaos")
+    assert code == 0, out + err
+    assert "chaos-2 is done" in err and "finished units of work are in" in out
+    result = JobResult.from_json((output / "results/summary.json").read_text())
+    assert result.trials[0].replayed >= finished - 8
+    code, out, _ = call("status")
+    assert out.startswith("chaos-2  succeeded") and len(out.splitlines()) == 1
+    code, out, _ = call("submit", str(folder / "x.yaml"), *where, "--set", "seed=9")
+    assert code == 2 and "seed was 0, now 9" in out  # the driver's own exit code
+    assert "exit code 2" in call("status", "chaos")[1]
 
 
 def test_submitted_job_leaves_its_results_outside_of_its_working_dir(tmp_path, head):
