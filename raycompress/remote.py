@@ -100,7 +100,7 @@ def submit(
                     f"{again['job']}, which isn't on this machine; give the job file"
                 )
         submission = prepare_submission(
-            Path(again["job"]),
+            job if job is not None else Path(again["job"]),
             again["set"],
             again["output"],
             Path(again["folder"]),

@@ -53,7 +53,7 @@ def test_version_and_exit_codes_are_told():
     for command in ([], ["run"], ["validate"], ["materialize"]):
         text = " ".join(CliRunner().invoke(app, [*command, "--help"]).output.split())
         assert "Exit codes: 0 done; 1 the job failed; 2 bad input" in text
-        assert "75 stopped, the same command continues." in text
+        assert "75 stopped, the same command continues;" in text
 
 
 def test_without_a_command_help_is_shown():
