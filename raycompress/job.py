@@ -134,13 +134,11 @@ class _Found:
     Attributes:
         trials: In the order of the job; of studies, the samples that are kept.
         results: By name of the trial.
-        dfe: Spent in this run.
         samples: Of all studies.
     """
 
     trials: Sequence[TrialPlan]
     results: Mapping[str, Mapping[str, Any]]
-    dfe: float
     samples: Sequence[SampleRow] = ()
 
 
@@ -182,14 +180,13 @@ def run_job(
     Returns:
         The result, and the sensitivity curves as rows.
     """
-    start = time.monotonic()
+    start, before = time.monotonic(), _spent(plan)
     job = _Job(plan, backend, progress, WeightStore(plan.output / "weights"))
     with job.pool() as pool:
         weights = _dense_weights(job, pool)
         curves = _sensitivity(job, pool, weights)
         table = _latency_table(job, pool)
         _shared(job, pool, weights)
-        dfe = pool.dfe
         facts = (pool.info.task, pool.info.data, pool.info.numeric_class)
     found = _compress(job, weights, table, facts, report, on_sample)
     with job.pool() as pool:
@@ -199,7 +196,6 @@ def run_job(
         for trial in found.trials:
             trials.append(_finish(job, trial, found.results[trial.name], pool, dense, table))
         points = _points(job, trials, found, pool, weights, table)
-        dfe += pool.dfe + found.dfe
         device = pool.info.numeric_class
     _check_any(trials)
     on_front = [replace(p, candidate="") for p in points if p.fronts or p.search_fronts]
@@ -221,12 +217,17 @@ def run_job(
         device=device,
         front=tuple(sorted(on_front, key=lambda p: (-p.macs, -p.score))),
         num_points=len({point.id for point in points}),
-        dfe=sum(record["dfe"] for record in read_ledger(plan.output / "ledger")),
-        run_dfe=dfe,
+        dfe=_spent(plan),
+        run_dfe=_spent(plan) - before,
         seconds=time.monotonic() - start,
         notes=_notes(plan, table),
     )
     return result, curves
+
+
+def _spent(plan: Plan) -> float:
+    """What all runs of a job have cost so far."""
+    return float(sum(record["dfe"] for record in read_ledger(plan.output / "ledger")))
 
 
 def _dense_weights(job: _Job, pool: LedgerExecutor) -> str:
@@ -341,7 +342,7 @@ def _compress(
     if plan.studies:
         return _search_studies(job, shared, watch, on_sample)
     results = _run_all(job, shared, watch)
-    return _Found(plan.trials, results, sum(result["dfe"] for result in results.values()))
+    return _Found(plan.trials, results)
 
 
 def _run_all(job: _Job, shared: Shared, watch: Watch) -> dict[str, dict[str, Any]]:
@@ -356,7 +357,7 @@ def _run_all(job: _Job, shared: Shared, watch: Watch) -> dict[str, dict[str, Any
         if result is None:
             missing.append(payload)
         else:
-            results[trial.name] = {**result, "dfe": 0.0}  # paid for by an earlier run
+            results[trial.name] = result
     if not missing:
         return results
     job.progress.stage(f"Search: {', '.join(str(p['name']) for p in missing)}")
@@ -382,21 +383,19 @@ def _search_studies(job: _Job, shared: Shared, watch: Watch, on_sample: OnSample
     chosen: list[TrialPlan] = []
     results: dict[str, Mapping[str, Any]] = {}
     rows: list[SampleRow] = []
-    dfe = 0.0
     for plan in job.plan.studies:
         job.progress.stage(f"Study {plan.name}: {plan.describe()}")
         searcher = job.backend.searcher(plan)
         with Samples(plan, searcher, shared, watch, on_sample) as samples:
             job.backend.run_samples(job.plan, samples, shared, watch)
             rows += samples.rows()
-            dfe += samples.dfe
             for trial, result in samples.kept():
                 chosen.append(trial)
                 results[trial.name] = result
     if rows and not chosen:
         reasons = list(dict.fromkeys(row.failure for row in rows if row.failure))
         raise EvaluationError(f"all {len(rows)} samples failed: {'; '.join(reasons[:3])}")
-    return _Found(chosen, results, dfe, rows)
+    return _Found(chosen, results, rows)
 
 
 def _finish(
@@ -496,6 +495,15 @@ def _notes(plan: Plan, table: LatencyTable | None) -> tuple[str, ...]:
     ]
     if table is not None:
         notes.append(_table_note(table))
+    tune, cluster = plan.config.tune, plan.config.cluster
+    at_once = cluster.executor == "ray" and cluster.max_concurrent != 1
+    if plan.studies and tune and tune.searcher not in ("random", "grid") and at_once:
+        notes.append(
+            "Samples were proposed while others ran, in an order that time decided: another run "
+            "may draw others; cluster.max_concurrent: 1 draws the same ones each time."
+        )
+    if tune and tune.scheduler == "asha" and at_once:
+        notes.append("Which trials were stopped depends on the order in which they ran.")
     if failed:
         notes.append(f"{len(failed)} candidates failed, first: {failed[0]['failure']}")
     return tuple(notes)

@@ -31,9 +31,6 @@ class Samples:
         shared: The job.
         watch: Takes their steps.
         on_sample: Told of each.
-
-    Attributes:
-        dfe: What the samples of this run have cost.
     """
 
     def __init__(
@@ -59,7 +56,6 @@ class Samples:
         self.study = Study(
             searcher, tune.num_samples, tune.objectives, shared.output / "studies", plan.name, key
         )
-        self.dfe = 0.0
         self._numbers: dict[str, int] = {}
         for sample in list(self.study.samples):
             self._take_up(sample)
@@ -111,7 +107,6 @@ class Samples:
             "params": result.get("params"),
             "dfe": result["total_dfe"],
         }
-        self.dfe += result["dfe"]
         told = {"state": state, "figures": figures, "failure": failure}
         self.on_sample(self.row(self.study.tell(number, told)), True)
 

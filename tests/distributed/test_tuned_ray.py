@@ -98,9 +98,9 @@ def test_what_fails_on_replicas_ends_as_failed_and_the_rest_goes_on(tmp_path: Pa
             tmp_path,
             concurrent=None,
             task="tests.failing_tasks:FailingTask",
-            task_args={"how": "nan loss", "below": 8},
+            task_args={"how": "nan loss", "below": 7},
             pruners=[
-                {"type": "L2Filter"},  # fails: it prunes conv1
+                {"type": "L2Filter"},  # fails: it leaves 6 of conv1's 8 channels
                 {"type": "NetAdapt", "iterations": 2, "epochs": 0.25},
                 {"type": "SimulatedAnnealing", "iterations": 3, "recalibrate": 0},
             ],
@@ -113,7 +113,7 @@ def test_what_fails_on_replicas_ends_as_failed_and_the_rest_goes_on(tmp_path: Pa
     for trial in (net_adapt, annealing):
         assert trial.failure is None and trial.budget_met
         assert sum(step.failed for step in trial.curve) > 0
-        assert dict((name, kept) for name, kept, _ in trial.counts)["conv1"] == 8
+        assert dict((name, kept) for name, kept, _ in trial.counts)["conv1"] >= 7
 
 
 @pytest.mark.slow
