@@ -8,6 +8,8 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from torch import nn
+
 from raycompress.artifacts import save
 from raycompress.config import JobConfig
 from raycompress.driver import backend_of, terminable, validate
@@ -35,7 +37,7 @@ from raycompress.pareto import Point
 from raycompress.plan import Plan
 from raycompress.points import read_table
 from raycompress.progress import Progress, SilentProgress
-from raycompress.results import ModelRow, Verification
+from raycompress.results import JobResult, ModelRow, Verification
 from raycompress.search import Candidate, Training
 from raycompress.task import SPLITS
 from raycompress.trial import load_ranking, write_json
@@ -106,8 +108,8 @@ def materialize(
     """
     config = _config(Path(job), overrides)
     plan = validate(config, tracking=False)
-    path = plan.output / "results" / "pareto.parquet"
-    for needed in (plan.output / "results" / "summary.json", path):
+    summary, path = (plan.output / "results" / n for n in ("summary.json", "pareto.parquet"))
+    for needed in (summary, path):
         if not needed.exists():
             raise ConfigError(f"{plan.output} holds no finished job: no file {needed}")
     points, origin = read_table(path)
@@ -117,14 +119,18 @@ def materialize(
             "--recover: the job doesn't say how; give recover.epochs (--set recover.epochs=5)"
         )
     _check_origin(plan, origin)
+    training = Training(0.0)
+    if recover:
+        own = JobResult.from_json(summary.read_text()).trial(chosen.trial)
+        training = recovery(config, config.seed if own is None else own.seed, origin["weights"])
     shown = progress if progress is not None else SilentProgress()
     with ExitStack() as stack:
         stack.callback(shown.close)
         stack.enter_context(lock(plan.output))
         stack.enter_context(terminable())
         try:
-            backend = backend_of(config, shown, stack)
-            return _materialize(plan, chosen, origin["weights"], recover, backend, shown)
+            work = _Work(plan, chosen, origin["weights"], training, recover)
+            return _materialize(work, backend_of(config, shown, stack), shown)
         except KeyboardInterrupt:
             raise InterruptedJob("stopped; the same command starts again") from None
 
@@ -179,11 +185,35 @@ def _check_origin(plan: Plan, origin: Mapping[str, str]) -> None:
             )
 
 
-def _materialize(
-    plan: Plan, point: Point, dense: str, recover: bool, backend: Backend, progress: Progress
-) -> Materialized:
+@dataclass(frozen=True)
+class _Work:
+    """What is to be done.
+
+    Attributes:
+        plan: The job.
+        point: Chosen.
+        dense: Digest of the dense weights.
+        training: Of no epochs, unless it is to be recovered.
+        recover: It is.
+    """
+
+    plan: Plan
+    point: Point
+    dense: str
+    training: Training
+    recover: bool
+
+    @property
+    def folder(self) -> Path:
+        """Where the model goes."""
+        folder = self.plan.output / "materialized" / self.point.id
+        return folder / "recovered" if self.recover else folder
+
+
+def _materialize(work: _Work, backend: Backend, progress: Progress) -> Materialized:
+    plan, point = work.plan, work.point
     store = WeightStore(plan.output / "weights")
-    weights = store.get(dense)
+    weights = store.get(work.dense)
     plan.model.load_state_dict(dict(weights.state))
     candidate = Candidate.from_key(json.loads(point.candidate))
     ranking = None
@@ -192,13 +222,8 @@ def _materialize(
         if not (folder / f"{candidate.ranking}.safetensors").exists():
             raise RaycompressError(f"ranking {candidate.ranking} is not in {folder}")
         ranking = load_ranking(candidate.ranking, folder)
-    seed = next((t.seed for t in plan.trials if t.name == point.trial), plan.config.seed)
-    folder = plan.output / "materialized" / point.id
-    training = Training(0.0)
-    if recover:
-        folder = folder / "recovered"
-        training = recovery(plan.config, seed, dense)
-        candidate = reconstructed(plan.config, candidate, dense)
+    if work.recover:
+        candidate = reconstructed(plan.config, candidate, work.dense)
 
     def on_training(step: int, num_steps: int, loss: float) -> None:
         progress.step(f"loss {loss:.4f}, step", step, num_steps)
@@ -207,27 +232,27 @@ def _materialize(
         Ledger(plan.output / "ledger", "materialize") as ledger,
         backend.pool(plan, ledger, on_training) as pool,
     ):
-        pool.share(dense, weights)
+        pool.share(work.dense, weights)
         if ranking is not None:
             pool.publish(ranking)
         progress.stage("Measure the dense model")
-        measured = measure_dense(plan, pool, dense)
+        measured = measure_dense(plan, pool, work.dense)
         progress.stage(f"Build, verify and measure {point.id}")
         name = f"point {point.id}"
-        done = finish_candidate(plan, candidate, training, name, folder, pool, store, measured)
+        done = finish_candidate(
+            plan, candidate, work.training, name, work.folder, pool, store, measured
+        )
     progress.stage("Save")
-    return _saved(plan, point, done, store, folder, recover)
+    return _saved(work, done, final_model(plan, store.get(done.candidate.weights)))
 
 
-def _saved(
-    plan: Plan, point: Point, done: Finished, store: WeightStore, folder: Path, recover: bool
-) -> Materialized:
-    model = final_model(plan, store.get(done.candidate.weights))
+def _saved(work: _Work, done: Finished, model: nn.Module) -> Materialized:
+    point, task = work.point, work.plan.task
     models, notes = [], []
     for suffix in (".safetensors", ".pt2"):
-        path = folder / f"model{suffix}"
+        path = work.folder / f"model{suffix}"
         try:
-            save(model, path, plan.task.example_inputs(), kept=done.counts)
+            save(model, path, task.example_inputs(), kept=done.counts)
             models.append(str(path))
         except ArtifactError as error:
             notes.append(f"no {path.name}: {error}")
@@ -235,13 +260,13 @@ def _saved(
         raise ArtifactError(f"point {point.id} can't be saved: {'; '.join(notes)}")
     result = Materialized(
         point=point,
-        folder=str(folder),
+        folder=str(work.folder),
         models=tuple(models),
-        score_name=plan.task.score_name,
+        score_name=task.score_name,
         rows=done.rows,
         verification=done.verification,
-        recovered=recover,
+        recovered=work.recover,
         notes=tuple(notes),
     )
-    write_json(folder / "summary.json", asdict(result))
+    write_json(work.folder / "summary.json", asdict(result))
     return result

@@ -1,4 +1,8 @@
-"""Cost of dispatch, and what a second replica brings: `pytest -m benchmark -s tests/benchmarks`."""
+"""Cost of dispatch, and what a second replica brings: `pytest -m benchmark -s tests/benchmarks`.
+
+Two replicas need two free cores: look at `uptime` first. Ray's workers yield to everything else
+(RAY_worker_niceness is 15 unless it is set).
+"""
 
 import tempfile
 import time
