@@ -18,9 +18,10 @@ from raycompress.analysis.sensitivity import SensitivityRow, write_sensitivity
 from raycompress.config import TrainingConfig
 from raycompress.errors import EvaluationError
 from raycompress.executor import LedgerExecutor
-from raycompress.finish import Measured, finish_trial, measure_dense, trial_without_model
+from raycompress.finish import finish_trial, trial_without_model
 from raycompress.ledger import Ledger, read_ledger
 from raycompress.local import LocalExecutor
+from raycompress.measured import Measured, measure_dense
 from raycompress.pareto import Point
 from raycompress.plan import Plan, StudyPlan, TrialPlan, check_trial
 from raycompress.points import Pricer, gather, origin_of, write_table

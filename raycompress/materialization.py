@@ -20,18 +20,12 @@ from raycompress.errors import (
     RaycompressError,
     TaskError,
 )
-from raycompress.finish import (
-    Finished,
-    final_model,
-    finish_candidate,
-    measure_dense,
-    reconstructed,
-    recovery,
-)
+from raycompress.finish import reconstructed, recovery
 from raycompress.identity import data_digest, structure_digest, task_digest
 from raycompress.job import Backend
 from raycompress.ledger import Ledger
 from raycompress.loading import load_source
+from raycompress.measured import Finished, final_model, finish_candidate, measure_dense
 from raycompress.output import lock
 from raycompress.pareto import Point
 from raycompress.plan import Plan

@@ -14,8 +14,8 @@ import pyarrow.parquet
 from raycompress.artifacts import save
 from raycompress.config import JobConfig
 from raycompress.errors import ArtifactError, RaycompressError, VerificationError
-from raycompress.finish import final_model
 from raycompress.ledger import read_ledger
+from raycompress.measured import final_model
 from raycompress.pareto import Point
 from raycompress.plan import Plan
 from raycompress.points import read_table

@@ -159,7 +159,7 @@ def test_model_in_mlflow_loads_elsewhere_at_another_batch_size(tmp_path):
         cwd=tmp_path,
     ).stdout
     from raycompress.driver import validate
-    from raycompress.finish import final_model
+    from raycompress.measured import final_model
     from raycompress.weights import WeightStore
 
     plan = validate(job)
