@@ -273,19 +273,19 @@ class Race:
     """Candidates that a search yields to learn which are good, not how bad the others are.
 
     All are judged on a few shards, then on twice as many, and so on. After each round those go that
-    are worse than the incumbent by more than their margin, by a one-sided paired t-test over the
+    are worse than their incumbent by more than their margin, by a one-sided paired t-test over the
     shards (the same examples, so what is hard for both cancels out).
 
     Attributes:
         candidates: In the order of the answer. None has training.
-        incumbent: Judged on all shards; None: the best of the race so far.
+        incumbents: For each candidate, judged on all shards; empty: the best of the race so far.
         margins: For each candidate, by how much it may be worse, in the objective's unit; empty: 0.
         objective: "loss" or "score": what is compared.
         confidence: With which a candidate must be worse to go, in (0.5, 1).
     """
 
     candidates: tuple[Candidate, ...]
-    incumbent: Trial | None = None
+    incumbents: tuple[Trial, ...] = ()
     margins: tuple[float, ...] = ()
     objective: Literal["loss", "score"] = "loss"
     confidence: float = 0.975
@@ -312,8 +312,8 @@ class Race:
 
     def _hopeless(self, index: int, trials: Sequence[Trial]) -> bool:
         mine = self._energies(trials[index])
-        if self.incumbent is not None:
-            rival = self._energies(self.incumbent)[: len(mine)]
+        if self.incumbents:
+            rival = self._energies(self.incumbents[index])[: len(mine)]
         else:
             rivals = [self._energies(trial) for trial in trials if trial.judged]
             rival = min(rivals, key=sum)

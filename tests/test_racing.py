@@ -83,7 +83,7 @@ def test_margins_and_incumbent():
     shards = np.arange(16.0)
     table = Table(np.stack([shards + 1, shards + 1 + 0.01 * (shards % 3)]))
     incumbent = Trial(Candidate("x"), shards=tuple(Shard(1, 0.0, x) for x in shards))
-    kept, gone = Race(_candidates(2), incumbent, margins=(1.5, 0.5)).run(table)
+    kept, gone = Race(_candidates(2), (incumbent, incumbent), margins=(1.5, 0.5)).run(table)
     assert kept.judged and gone.dropped
 
 

@@ -22,9 +22,9 @@ from raycompress.criteria import criterion
 from raycompress.errors import ConfigError
 from raycompress.pruning.pruner import Problem, Pruner
 from raycompress.reconstruction import Reconstruction
-from raycompress.search import Asked, Candidate, Ranking, Trial
+from raycompress.search import Asked, Candidate, Race, Ranking, Trial
 
-__all__ = ["Annealer", "accepts", "free_groups"]
+__all__ = ["Annealer", "accepted_up_to", "free_groups"]
 
 LEAST_FRACTION = 0.02
 NUM_DRAWS = 20
@@ -33,6 +33,8 @@ NUM_DRAWS = 20
 Counts = Mapping[str, int]
 Proposals = Sequence[Sequence[Counts]]
 """For each chain, what it proposes."""
+Margins = Sequence[Sequence[float]]
+"""For each proposal, by how much it may be worse than where its chain is."""
 Judged = list[list[Trial]]
 """For each chain, the answers to what it proposed."""
 
@@ -124,15 +126,36 @@ class Annealer(Pruner):
         """
         known: dict[Candidate, Trial] = {}
 
-        def judged(proposals: Proposals) -> Generator[Asked, list[Trial], Judged]:
-            """The one place where proposals are evaluated."""
+        def judged(
+            proposals: Proposals, walks: Sequence[_Walk] = (), margins: Margins = ()
+        ) -> Generator[Asked, list[Trial], Judged]:
+            """The one place where proposals are evaluated.
+
+            They race against where their walks are: who is beyond the margin for certain can't be
+            accepted, and is no best so far either.
+            """
             made = [
                 [self.candidate(problem, counts, ranking, weights) for counts in each]
                 for each in proposals
             ]
-            asked = list(dict.fromkeys(candidate for each in made for candidate in each))
+            asked: dict[Candidate, tuple[Trial | None, float]] = {}
+            for chain, each in enumerate(made):
+                for position, candidate in enumerate(each):
+                    if candidate in known and known[candidate].judged:
+                        continue
+                    # Of chains that ask for the same, the one that waits longest counts.
+                    margin = margins[chain][position] if walks else math.inf
+                    rival = walks[chain].trial if walks else None
+                    if candidate not in asked or margin > asked[candidate][1]:
+                        asked[candidate] = (rival, margin)
             if asked:
-                trials = yield asked
+                rivals = tuple(rival for rival, _ in asked.values() if rival and rival.judged)
+                allowed = tuple(margin for _, margin in asked.values())
+                trials = yield (
+                    Race(tuple(asked), rivals, allowed, objective=self.objective)
+                    if len(rivals) == len(asked)
+                    else list(asked)
+                )
                 known.update(zip(asked, trials, strict=True))
             return [[known[candidate] for candidate in each] for each in made]
 
@@ -144,9 +167,9 @@ class Annealer(Pruner):
         energies = [[self.energy(trial) for trial in each] for each in trials]
         scale = _scale(energies[0][0], [e for each in energies for e in each])
         walks = []
-        for counts, own in zip(first, energies, strict=True):
+        for counts, own, answers in zip(first, energies, trials, strict=True):
             best = min(range(len(own)), key=own.__getitem__)
-            walks.append(_Walk(counts[best], own[best]))
+            walks.append(_Walk(counts[best], own[best], answers[best]))
         for iteration in range(1, self.iterations + 1):
             temperature = self.temperature(iteration, scale)
             proposals = [
@@ -155,11 +178,13 @@ class Annealer(Pruner):
             ]
             moves = sum(walk.moves for walk in walks)
             problem.report({"temperature": temperature, "moves": float(moves)})
-            trials = yield from judged(proposals)
-            for chain, walk in enumerate(walks):
+            margins = []
+            for chain, each in enumerate(proposals):
                 rng = random.Random(f"accept:{stream}:{chain}:{iteration}")
-                answers = [self.energy(trial) for trial in trials[chain]]
-                walk.step(proposals[chain], answers, temperature, rng.random)
+                margins.append([accepted_up_to(temperature, rng.random()) for _ in each])
+            trials = yield from judged(proposals, walks, margins)
+            for chain, walk in enumerate(walks):
+                walk.step(proposals[chain], trials[chain], margins[chain], self.energy)
         # Trials are in the order in which they were asked for, so that the first of equals wins.
         return min(known.values(), key=self.energy).candidate
 
@@ -223,36 +248,39 @@ class _Walk:
 
     counts: Counts
     energy: float
+    trial: Trial
     moves: int = 0
 
     def step(
         self,
         proposals: Sequence[Counts],
-        energies: Sequence[float],
-        temperature: float,
-        draw: Callable[[], float],
+        trials: Sequence[Trial],
+        margins: Sequence[float],
+        energy: Callable[[Trial], float],
     ) -> None:
-        """Moves to the first proposal that the Metropolis rule accepts, if any."""
-        for counts, energy in zip(proposals, energies, strict=True):
-            if accepts(energy - self.energy, temperature, draw()):
-                self.counts, self.energy = counts, energy
+        """Moves to the first proposal that is no worse than its margin allows, if any."""
+        for counts, trial, margin in zip(proposals, trials, margins, strict=True):
+            proposed = energy(trial)
+            if math.isfinite(proposed) and proposed - self.energy <= margin:
+                self.counts, self.energy, self.trial = counts, proposed, trial
                 self.moves += 1
                 return
 
 
-def accepts(difference: float, temperature: float, draw: float) -> bool:
-    """The Metropolis rule: better always, worse with probability exp(-difference / temperature).
+def accepted_up_to(temperature: float, draw: float) -> float:
+    """The Metropolis rule, turned around: by how much what is accepted may be worse.
+
+    A proposal that is worse by d is accepted with probability exp(-d / temperature), hence if a
+    uniform draw is below that: if d < -temperature * log(draw). Known before anything is judged,
+    this is where a race may end.
 
     Args:
-        difference: Proposed minus current energy.
-        temperature: In the energy's unit; 0 accepts what is better alone.
+        temperature: In the energy's unit; 0 accepts what is no worse alone.
         draw: Uniform in [0, 1).
     """
-    if difference <= 0:
-        return True
-    if temperature <= 0 or not math.isfinite(difference):
-        return False
-    return draw < math.exp(-difference / temperature)
+    if temperature <= 0:
+        return 0.0
+    return -temperature * math.log(draw) if draw > 0 else math.inf
 
 
 def free_groups(problem: Problem, pruner: str) -> list[str]:

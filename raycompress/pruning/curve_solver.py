@@ -137,7 +137,7 @@ class CurveSolver(Pruner):
         for iteration in range(self.iterations + 1):
             trials = yield Race(
                 tuple(self._candidate(problem, curves.ranking, each) for each in proposals),
-                best,
+                () if best is None else (best,) * len(proposals),
                 objective=self.objective,
             )
             for proposed, trial in zip(proposals, trials, strict=True):

@@ -128,7 +128,7 @@ def test_steps_are_probes_then_races():
         assert {c.shards for c in probes.candidates} == {(0, shards // 2)}
         trials = executor.evaluate(list(probes.candidates))
         race = search.send(trials)
-        assert isinstance(race, Race) and race.incumbent is None
+        assert isinstance(race, Race) and not race.incumbents
         assert all(
             problem.budget.excess(problem.structure.cost(c.counts), problem.structure.cost()) <= 1
             for c in race.candidates
