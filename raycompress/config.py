@@ -294,6 +294,14 @@ class TrackingConfig:
     experiment: str | None = None
     registered_model: str | None = None
 
+    def __post_init__(self) -> None:
+        name = self.registered_model
+        if name is not None and (not name.strip() or set(name) & set("/:") or len(name) > 250):
+            raise ConfigError(
+                "tracking.registered_model must be a name that MLflow takes, without '/' and ':', "
+                f"got {name!r}"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class JobConfig:
@@ -347,7 +355,8 @@ class JobConfig:
     output: str | None = None
 
     def __post_init__(self) -> None:
-        if not self.name or set(self.name) & set('/\\:*?"<>|') or self.name.startswith("."):
+        bad = set(self.name) & set('/\\:*?"<>|') or not self.name.isprintable()
+        if not self.name.strip() or bad or self.name.startswith(".") or len(self.name) > 100:
             raise ConfigError(f"name must be usable as a folder's name, got {self.name!r}")
         if not self.pruners and self.sensitivity is None:
             raise ConfigError("a job needs pruners, or sensitivity, or both")

@@ -8,15 +8,15 @@ import os
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from raycompress.config import JobConfig
 from raycompress.errors import ConfigError, InputError
-from raycompress.loading import NOT_RESULTS, build_pruner, dump_job, parse_job
-from raycompress.source import Source, plain
-from raycompress.tracking.address import masked_uri
+from raycompress.hiding import hidden
+from raycompress.loading import NOT_RESULTS, build_pruner, parse_job
+from raycompress.source import Source, plain, to_yaml
 from raycompress.wording import KeyPath, dotted, shown
 
 __all__ = ["check_changes", "keep_job", "lock"]
@@ -56,12 +56,9 @@ def lock(output: Path) -> Iterator[None]:
 
 
 def keep_job(config: JobConfig, output: Path) -> None:
-    """Writes `job.yaml`, without passwords."""
-    uri = config.tracking.uri
-    if uri is not None:
-        config = replace(config, tracking=replace(config.tracking, uri=masked_uri(uri)))
+    """Writes `job.yaml`, without secrets."""
     temporary = output / ".job.yaml.partial"
-    temporary.write_text(dump_job(config))
+    temporary.write_text(to_yaml(hidden(asdict(config))))
     os.replace(temporary, output / "job.yaml")
 
 
@@ -96,8 +93,8 @@ def check_changes(config: JobConfig, output: Path) -> None:
 
 
 def _settings(config: JobConfig) -> dict[str, Any]:
-    """What results depend on, every default written out."""
-    content = {k: v for k, v in plain(asdict(config)).items() if k not in NOT_RESULTS}
+    """What results depend on, every default written out, without secrets."""
+    content = {k: v for k, v in hidden(asdict(config)).items() if k not in NOT_RESULTS}
     content["pruners"] = [_whole(entry) for entry in content["pruners"]]
     return content
 

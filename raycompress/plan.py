@@ -20,6 +20,7 @@ from raycompress.analysis.sensitivity import Sensitivity
 from raycompress.budget import Budget, Pricing
 from raycompress.config import JobConfig, TrainingConfig, TuneConfig
 from raycompress.errors import ConfigError, RaycompressError, StructureError, TaskError
+from raycompress.hiding import hidden
 from raycompress.importing import resolve, resolve_function
 from raycompress.loading import build_pruner
 from raycompress.pruning.pruner import Problem, Pruner
@@ -262,7 +263,8 @@ def build_task(config: JobConfig) -> Task:
         raise
     except Exception as error:
         raise TaskError(
-            f"task {config.task} can't be constructed with task_args {config.task_args}: "
+            f"task {config.task} can't be constructed with task_args "
+            f"{hidden(config.task_args)}: "
             f"{type(error).__name__}: {error}"
         ) from error
     return task

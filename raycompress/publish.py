@@ -14,6 +14,7 @@ import pyarrow.parquet
 from raycompress.artifacts import save
 from raycompress.config import JobConfig
 from raycompress.errors import ArtifactError, RaycompressError, VerificationError
+from raycompress.hiding import hidden
 from raycompress.ledger import read_ledger
 from raycompress.measured import final_model
 from raycompress.pareto import Point
@@ -168,9 +169,9 @@ def _params(plan: Plan) -> dict[str, str | int | float | bool | None]:
     config = plan.config
     return {
         "task": config.task,
-        "task_args": str(config.task_args),
+        "task_args": str(hidden(config.task_args)),
         "seed": config.seed,
-        "pruners": str(list(config.pruners)),
+        "pruners": str(hidden(config.pruners)),
         "tune": str(config.tune),
         "budgets": str(list(config.budgets)),
         "reconstruct": str(config.reconstruct),

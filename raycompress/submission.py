@@ -17,8 +17,8 @@ from pathspec import GitIgnoreSpec
 
 from raycompress.config import JobConfig
 from raycompress.errors import ConfigError
+from raycompress.hiding import hidden, is_secret
 from raycompress.loading import load_job
-from raycompress.tracking.address import masked_uri
 
 __all__ = ["MAX_BYTES", "Files", "Submission", "find_files", "pack", "prepare_submission"]
 
@@ -151,10 +151,12 @@ def _check_reach(config: JobConfig, overrides: Sequence[str], output: str | None
             f"runs on, got {config.cluster.address!r}"
         )
     for text in overrides:
-        if masked_uri(text) != text:
+        key, _, value = text.partition("=")
+        if hidden({key.rpartition(".")[2]: value}) != {key.rpartition(".")[2]: value}:
+            shown = "***" if is_secret(key.rpartition(".")[2]) else hidden(value)
             raise ConfigError(
-                f"--set {masked_uri(text)}: a password in a command can be read on Ray's "
-                "dashboard; put it into the job file, or into the cluster's environment "
+                f"--set {key}={shown}: a secret in a command can be read on Ray's dashboard; put "
+                "it into the job file, or into the cluster's environment "
                 "(MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD)"
             )
 

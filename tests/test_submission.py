@@ -120,9 +120,12 @@ def test_arguments_are_quoted_for_the_shell(tmp_path):
         ("cluster: {address: 'h:6379'}\n", [], "cluster.address must be empty in a submitted job, "
          "which uses the cluster that it runs on, got 'h:6379'"),
         ("", ["--set", "tracking.uri='postgresql://me:secret@h/db'"],
-         "--set tracking.uri='postgresql://me:***@h/db': a password in a command can be read on "
+         "--set tracking.uri='postgresql://me:***@h/db': a secret in a command can be read on "
          "Ray's dashboard; put it into the job file, or into the cluster's environment "
          "(MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD)"),
+        ("", ["--set", "task_args.api_token=abc"], "--set task_args.api_token=***: a secret in a "
+         "command can be read on Ray's dashboard; put it into the job file, or into the "
+         "cluster's environment (MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD)"),
         ("", ["--working-dir", "below"], "job.yaml isn't below the working directory CWD/below, "
          "which is what the cluster gets; give --working-dir"),
         ("sed: 1\n", [], "job.yaml, line 4: sed is no key of a job; did you mean 'seed' or "

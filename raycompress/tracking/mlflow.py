@@ -33,7 +33,7 @@ from mlflow.exceptions import MlflowException
 from torch import Tensor, nn
 
 from raycompress.artifacts.export import Inputs, compare, first_line, portable
-from raycompress.errors import RaycompressError, TrackingError
+from raycompress.errors import RaycompressError, TrackingError, VerificationError
 from raycompress.tracking.address import artifact_place, check, masked, masked_uri
 from raycompress.tracking.base import Status
 from raycompress.weights import Weights, digest_of_state
@@ -220,14 +220,17 @@ class MlflowTracker:
             )
             status = "FAILED"
             try:
-                _save(model, inputs, Path(folder) / "model", self._run_id, logged.model_id)
-                self._client.log_model_artifacts(logged.model_id, str(Path(folder) / "model"))
+                own = Path(folder) / "model"
+                _save(model, inputs, own, self._run_id, logged.model_id)
+                compare(model, mlflow.pytorch.load_model(str(own)), inputs, dynamic_batch=True)
+                self._client.log_model_artifacts(logged.model_id, str(own))
                 back = mlflow.artifacts.download_artifacts(
                     logged.artifact_location,
                     dst_path=tempfile.mkdtemp(dir=folder),
                     tracking_uri=self._uri,
                 )
-                compare(model, mlflow.pytorch.load_model(back), inputs, dynamic_batch=True)
+                # Compared, not loaded: what comes from a server may be anything.
+                _check_same(own, Path(back))
                 status = "READY"
             finally:
                 self._client.finalize_logged_model(logged.model_id, status)
@@ -254,6 +257,17 @@ class MlflowTracker:
         with _guard(self._uri):
             self._client.set_terminated(self._run_id, status)
         self._open = False
+
+
+def _check_same(own: Path, back: Path) -> None:
+    """Raises a VerificationError unless each file came back as it was sent."""
+    for path in sorted(p for p in own.rglob("*") if p.is_file()):
+        name = path.relative_to(own)
+        if not (back / name).is_file() or (back / name).read_bytes() != path.read_bytes():
+            raise VerificationError(
+                f"the tracking store gives back another {name} than it was given; the model in it "
+                "can't be trusted"
+            )
 
 
 def _save(model: nn.Module, inputs: Inputs, folder: Path, run_id: str, model_id: str) -> None:
