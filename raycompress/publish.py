@@ -109,6 +109,9 @@ def publish(plan: Plan, result: JobResult, tracker: Tracker) -> JobResult:
     (folder / "summary.json").write_text(result.to_json())
     write_candidates(plan, folder / "candidates.parquet")
     if result.samples:
+        for row in result.samples:
+            if row.state == "failed":  # also those that were lost
+                tracker.child(row.name).finish("FAILED")
         write_samples(result, folder / "samples.csv")
         tracker.log_artifact(folder / "samples.csv")
     (folder / "report.md").write_text(report_markdown(result))

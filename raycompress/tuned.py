@@ -16,6 +16,8 @@ from raycompress.watch import Watch
 
 __all__ = ["OnSample", "Samples"]
 
+LOST = "its process was lost; the same command runs it again"
+
 OnSample = Callable[[SampleRow, bool], None]
 """Called with a sample when it is given out and when it has ended, and whether that is news."""
 
@@ -127,11 +129,15 @@ class Samples:
         )
 
     def rows(self) -> list[SampleRow]:
-        """All samples; those that none beats are marked."""
+        """All samples when none runs any more; those that none beats are marked."""
         best = {sample.number for sample in self.study.best()}
-        return [
-            replace(self.row(sample), best=sample.number in best) for sample in self.study.samples
-        ]
+        rows = []
+        for sample in self.study.samples:
+            row = replace(self.row(sample), best=sample.number in best)
+            if row.state == "running":
+                row = replace(row, state="failed", failure=LOST)
+            rows.append(row)
+        return rows
 
     def kept(self) -> list[tuple[TrialPlan, dict[str, Any]]]:
         """The best samples, as trials with their results."""

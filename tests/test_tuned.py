@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
+import time
 from typing import Any
 
 import pytest
@@ -414,3 +417,36 @@ def test_the_schema_takes_spaces() -> None:
     below = schema["$defs"]["FixedAllocation"]["properties"]["sparsities"]["anyOf"][0]
     assert below["additionalProperties"]["anyOf"][1] == {"$ref": "#/$defs/Space"}
     assert set(schema["$defs"]["TuneConfig"]["properties"]) >= {"num_samples", "objectives"}
+
+
+@pytest.mark.slow
+def test_a_killed_study_ends_as_an_undisturbed_one(tmp_path: Any) -> None:
+    (tmp_path / "job.yaml").write_text(
+        YAML.replace("{num_samples: 4}", "{num_samples: 14, train: {epochs: 0.5}}")
+    )
+
+    def start(output: str) -> subprocess.Popen[bytes]:
+        command = ["run", str(tmp_path / "job.yaml"), "--quiet", "--output"]
+        return subprocess.Popen(
+            [sys.executable, "-m", "raycompress", *command, str(tmp_path / output)],
+            stdout=subprocess.DEVNULL,
+        )
+
+    def summary(output: str) -> JobResult:
+        return JobResult.from_json((tmp_path / output / "results/summary.json").read_text())
+
+    assert start("whole").wait() == 0
+    log = tmp_path / "killed/studies/tuned-macs50.jsonl"
+    for lines in (7, 16):  # of 28: a sample is asked for, and told
+        driver = start("killed")
+        deadline = time.monotonic() + 60
+        while not log.exists() or log.read_bytes().count(b"\n") < lines:
+            assert time.monotonic() < deadline and driver.poll() is None
+            time.sleep(0.005)
+        driver.kill()
+        driver.wait()
+        assert log.read_bytes().count(b"\n") < 28
+    assert start("killed").wait() == 0
+    assert points(summary("killed")) == points(summary("whole"))
+    keys = [record["key"] for record in read_ledger(tmp_path / "killed/ledger")]
+    assert len(set(keys)) == len(keys)
