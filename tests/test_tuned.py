@@ -186,7 +186,7 @@ def annealing(output: Any, **keys: Any) -> dict[str, Any]:
         "criterion": {"choice": ["l1", "random", "fpgm"]},
         "perturbation": {"uniform": [0.01, 0.5]},
     }
-    tune = {"num_samples": 6, "searcher": "random", "scheduler": "asha", "grace": 2, "factor": 2}
+    tune = {"num_samples": 6, "searcher": "random", "scheduler": "asha", "grace": 1, "factor": 3}
     return job(output, pruners=[pruner], tune=tune, **keys)
 
 
@@ -197,13 +197,13 @@ def test_hopeless_samples_are_stopped_and_not_run_again(tmp_path: Any) -> None:
     for row in result.samples:
         found = json.loads((tmp_path / "trials" / row.name / "result.json").read_text())
         if row.state == "stopped":
-            assert found["stopped"] + 1 in (2, 4, 8) and len(found["curve"]) == found["stopped"] + 1
+            assert found["stopped"] + 1 in (1, 3, 9) and len(found["curve"]) == found["stopped"] + 1
             assert row.score == found["curve"][-1]["best_score"]
         else:
-            assert found["stopped"] is None and len(found["curve"]) > 2
+            assert found["stopped"] is None and found["winner"] is not None
     losses = {  # of all that came to the first rung
         row.name: json.loads((tmp_path / "trials" / row.name / "result.json").read_text())["curve"][
-            1
+            0
         ]["within_loss"]
         for row in result.samples
     }
@@ -221,7 +221,7 @@ def _later(folder: Any, rows: Any) -> set[str]:
         row.name: json.loads((folder / "trials" / row.name / "result.json").read_text())["stopped"]
         for row in rows
     }
-    return {name for name, step in found.items() if step > 1}
+    return {name for name, step in found.items() if step > 0}
 
 
 def test_a_sweep_is_halved_too_within_each_budget(tmp_path: Any) -> None:

@@ -14,7 +14,7 @@ from raycompress.errors import EvaluationError
 from raycompress.ledger import read_ledger
 from raycompress.results import JobResult
 
-pytestmark = pytest.mark.usefixtures("cluster")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster")]
 SPACE: dict[str, Any] = {
     "type": "FixedAllocation",
     "criterion": {"choice": ["l1", "fpgm"]},
@@ -91,7 +91,6 @@ def test_hopeless_trials_are_stopped_by_their_curves(tmp_path: Path) -> None:
     assert read_ledger(tmp_path / "ledger") == before
 
 
-@pytest.mark.slow
 def test_what_fails_on_replicas_ends_as_failed_and_the_rest_goes_on(tmp_path: Path) -> None:
     result = run(
         job(
@@ -116,7 +115,6 @@ def test_what_fails_on_replicas_ends_as_failed_and_the_rest_goes_on(tmp_path: Pa
         assert dict((name, kept) for name, kept, _ in trial.counts)["conv1"] >= 7
 
 
-@pytest.mark.slow
 def test_all_samples_failing_on_replicas_is_one_error(tmp_path: Path) -> None:
     bad = job(
         tmp_path,
