@@ -217,7 +217,13 @@ def test_task_of_a_job_is_found_in_the_working_directory():
     assert done.stdout.strip() == "SimulatedAnnealing-macs40"
 
 
-SHIPPED = ["quickstart", "fashion_annealing", "fashion_sensitivity", "fashion_tuned"]
+SHIPPED = [
+    "quickstart",
+    "fashion_annealing",
+    "fashion_front",
+    "fashion_sensitivity",
+    "fashion_tuned",
+]
 
 
 @pytest.mark.parametrize("name", SHIPPED)
