@@ -127,6 +127,11 @@ def validate(job: JobConfig | Mapping[str, Any] | str | Path, *, tracking: bool 
     plan = prepare(config)
     if tracking:
         check_tracking(config)
+    address = config.cluster.address
+    if config.cluster.executor == "ray" and address not in (None, "local"):
+        from raycompress.distributed.cluster import check_address
+
+        check_address(address, "cluster.address")
     return plan
 
 

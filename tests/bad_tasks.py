@@ -17,3 +17,40 @@ class LossIsNaN(ToyTask):
 
 class NotATask:
     pass
+
+
+class NoModel(ToyTask):
+    def build_model(self):
+        raise FileNotFoundError("no such checkpoint: resnet.pt")
+
+
+class NotAModule(ToyTask):
+    def build_model(self):
+        return {"weight": torch.ones(2)}
+
+
+class NoData(ToyTask):
+    def dataset(self, split):
+        if split == "calibration":
+            raise OSError(f"no folder /data/{split}")
+        return super().dataset(split)
+
+
+class EmptySplit(ToyTask):
+    def dataset(self, split):
+        return [] if split == "test" else super().dataset(split)
+
+
+class Streamed(ToyTask):
+    def dataset(self, split):
+        return iter(super().dataset(split))
+
+
+class WrongInputs(ToyTask):
+    def example_inputs(self):
+        return (torch.zeros(2, 7, 6, 6),)
+
+
+class LossForEachExample(ToyTask):
+    def loss(self, outputs, batch):
+        return outputs.sum(1)

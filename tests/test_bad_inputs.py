@@ -4,6 +4,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from raycompress.cli import app
@@ -22,6 +24,7 @@ tracking: {uri: none}
 """
 TASK = "raycompress.testing:ToyTask"
 BUDGETS = "budgets:\n  - {macs: 50%}\n"
+RAY = "{executor: ray}"
 SERVER = "http://user:secret@127.0.0.1:9"
 
 # name -> (replacements in BASE, text at its end, arguments, the exact error; FILE is the job)
@@ -260,6 +263,181 @@ CASES = {
         ["--set", "pruners.3.type=Level"],
         "--set pruners.3.type=Level: pruners is a list and has no entry 3 (it has only 0)",
     ),
+    "name that leaves the output": (
+        [("name: bad", "name: ..")],
+        "",
+        [],
+        "FILE, line 1: name must be usable as a folder's name, got '..'",
+    ),
+    "seeds given twice": ([], "seeds: [1, 1]\n", [], "FILE, line 9: seeds must differ, got [1, 1]"),
+    "no examples in a batch": (
+        [],
+        "evaluation: {batch_size: 0}\n",
+        [],
+        "FILE, line 9: evaluation.batch_size must be at least 1, got 0",
+    ),
+    "latency of no batch": (
+        [],
+        "latency: {batch_sizes: [0]}\n",
+        [],
+        "FILE, line 9: latency.batch_sizes must be 1 or more, got [0]",
+    ),
+    "YAML that would make objects": (
+        [(TASK, "!!python/object/apply:os.system ['true']")],
+        "",
+        [],
+        "FILE, line 2: task must be plain data, got "
+        "tag:yaml.org,2002:python/object/apply:os.system",
+    ),
+    "weights that would run code": (
+        [],
+        "model: {weights: TMP/hostile.pt}\n",
+        [],
+        "FILE, line 9: model.weights: TMP/hostile.pt isn't a state dict of tensors "
+        "alone, and anything else could run code when it is loaded; save "
+        "model.state_dict() instead",
+    ),
+    "weights of another model": (
+        [],
+        "model: {weights: TMP/other.safetensors}\n",
+        [],
+        "FILE, line 9: model.weights: TMP/other.safetensors doesn't fit ToyNet: it "
+        "lacks 'conv1.weight' and 22 more",
+    ),
+    "weights that are damaged": (
+        [],
+        "model: {weights: TMP/job.yaml}\n",
+        [],
+        "FILE, line 9: model.weights: TMP/job.yaml isn't a state dict of tensors alone, "
+        "and anything else could run code when it is loaded; save model.state_dict() "
+        "instead",
+    ),
+    "model can't be built": (
+        [(TASK, "bad_tasks:NoModel")],
+        "",
+        [],
+        "FILE, line 2: task bad_tasks:NoModel: build_model failed: FileNotFoundError: "
+        "no such checkpoint: resnet.pt",
+    ),
+    "model is no module": (
+        [(TASK, "bad_tasks:NotAModule")],
+        "",
+        [],
+        "FILE: NotAModule.build_model must return a torch.nn.Module, got dict",
+    ),
+    "data isn't there": (
+        [(TASK, "bad_tasks:NoData")],
+        "",
+        [],
+        "FILE: NoData.dataset('calibration') failed: OSError: no folder /data/calibration",
+    ),
+    "split is empty": (
+        [(TASK, "bad_tasks:EmptySplit")],
+        "",
+        [],
+        "FILE: EmptySplit.dataset('test') is empty",
+    ),
+    "data is a stream": (
+        [(TASK, "bad_tasks:Streamed")],
+        "",
+        [],
+        "FILE: Streamed.dataset('train') must be map-style (len() and [i]), got iterator",
+    ),
+    "example inputs don't fit": (
+        [(TASK, "bad_tasks:WrongInputs")],
+        "",
+        [],
+        "FILE: WrongInputs: the model doesn't fit WrongInputs.example_inputs(): "
+        "RuntimeError: Given groups=1, weight of size [8, 2, 3, 3], expected input[2, "
+        "7, 6, 6] to have 2 channels, but got 7 channels instead",
+    ),
+    "loss is no scalar": (
+        [(TASK, "bad_tasks:LossForEachExample")],
+        "",
+        [],
+        "FILE: LossForEachExample.loss must return a scalar tensor, got (2,)",
+    ),
+    "no replicas": (
+        [(RAY, "{replicas: 0}")],
+        "",
+        [],
+        "FILE, line 7: cluster.replicas must be above 0, got 0",
+    ),
+    "negative GPUs": (
+        [(RAY, "{gpus: -1}")],
+        "",
+        [],
+        "FILE, line 7: cluster.gpus must be 0 or more, got -1",
+    ),
+    "GPUs without Ray": (
+        [(RAY, "{executor: local, gpus: 1}")],
+        "",
+        [],
+        "FILE, line 7: cluster.gpus must be 0 with executor 'local', which runs on the "
+        "CPU, got 1; executor 'ray' starts a local Ray by itself",
+    ),
+    "unknown executor": (
+        [(RAY, "{executor: dask}")],
+        "",
+        [],
+        "FILE, line 7: cluster.executor must be one of 'ray', 'local', got 'dask'",
+    ),
+    "no patience": (
+        [(RAY, "{unit_timeout: 0}")],
+        "",
+        [],
+        "FILE, line 7: cluster.unit_timeout must be above 0, got 0",
+    ),
+    "address of a dashboard": (
+        [(RAY, "{address: 'http://127.0.0.1:8265'}")],
+        "",
+        [],
+        "FILE, line 7: cluster.address must be host:port of a running cluster, got "
+        "http://127.0.0.1:8265: submit the job there instead (raycompress submit, or "
+        "ray job submit)",
+    ),
+    "no cluster at the address": (
+        [(RAY, "{address: '127.0.0.1:9'}")],
+        "",
+        [],
+        "FILE, line 7: cluster.address: no Ray cluster answers at 127.0.0.1:9; start "
+        "it, or leave cluster.address and RAY_ADDRESS empty to run locally",
+    ),
+    "address without a port": (
+        [(RAY, "{address: head}")],
+        "",
+        [],
+        "FILE, line 7: cluster.address must be host:port of a running cluster, got 'head'",
+    ),
+    "tracking database not there": (
+        [("uri: none", "uri: 'postgresql://me:secret@127.0.0.1:9/db'")],
+        "",
+        [],
+        "FILE, line 8: tracking.uri: no database answers at "
+        "postgresql://me:***@127.0.0.1:9/db (Connection refused); start it, or leave "
+        "tracking.uri out to keep results below the output",
+    ),
+    "tracking port out of range": (
+        [("uri: none", "uri: 'http://127.0.0.1:99999'")],
+        "",
+        [],
+        "FILE, line 8: tracking.uri: Port out of range 0-65535: http://127.0.0.1:99999",
+    ),
+    "tracking file relative": (
+        [("uri: none", "uri: 'sqlite:///mlflow.db'")],
+        "",
+        [],
+        "FILE, line 8: tracking.uri: sqlite:///mlflow.db is relative to the current "
+        "folder, which a submitted job loses; use sqlite:////absolute/path/mlflow.db, "
+        "or leave it out",
+    ),
+    "registered model's name": (
+        [("uri: none", "registered_model: a/b")],
+        "",
+        [],
+        "FILE, line 8: tracking.registered_model must be a name that MLflow takes, "
+        "without '/' and ':', got 'a/b'",
+    ),
 }
 
 
@@ -270,6 +448,9 @@ def test_bad_input(case, tmp_path, monkeypatch):
     for old, new in replacements:
         assert old in text
         text = text.replace(old, new)
+    text = text.replace("TMP", str(tmp_path))
+    torch.save({"weight": Path}, tmp_path / "hostile.pt")
+    save_file({"weight": torch.ones(2)}, tmp_path / "other.safetensors")
     job = tmp_path / "job.yaml"
     job.write_text(text)
     monkeypatch.chdir(HERE)
@@ -283,7 +464,9 @@ def test_bad_input(case, tmp_path, monkeypatch):
     monkeypatch.setattr(ray, "init", refuse)
     before = set(tmp_path.iterdir())
     done = CliRunner().invoke(app, ["run", str(job), *output, *arguments])
-    expected = expected.replace("FILE", str(job)).replace("CWD", str(HERE))
+    expected = (
+        expected.replace("FILE", str(job)).replace("CWD", str(HERE)).replace("TMP", str(tmp_path))
+    )
     assert done.output == f"error: {expected}\n"
     assert done.exit_code == 2
     assert set(tmp_path.iterdir()) == before  # nothing half-written

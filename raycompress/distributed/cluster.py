@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import socket
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ import ray
 from raycompress.config import ClusterConfig
 from raycompress.errors import ClusterError
 
-__all__ = ["bundle", "check_feasible", "connect"]
+__all__ = ["bundle", "check_address", "check_feasible", "connect"]
 
 _log = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ def connect(cluster: ClusterConfig) -> Iterator[None]:
         )
         options |= {"address": "local", "num_cpus": num_cpus, "include_dashboard": False}
     else:
-        _check_address(address)
+        check_address(address, "cluster.address" if cluster.address else "RAY_ADDRESS")
         options["address"] = address
     try:
         with warnings.catch_warnings():
@@ -136,16 +137,26 @@ def _running_here() -> str | None:
     return address if address and _answers(address, 2.0) else None
 
 
-def _check_address(address: str) -> None:
+def check_address(address: str, key: str) -> None:
+    """Raises a ClusterError if no cluster answers at an address within seconds.
+
+    Args:
+        address: "auto" isn't looked at.
+        key: Where it was given, for messages.
+    """
+    if address == "auto":
+        return
     if "://" in address:
         raise ClusterError(
-            f"cluster.address must be host:port of a running cluster, got {address}: "
+            f"{key} must be host:port of a running cluster, got {address}: "
             "submit the job there instead (raycompress submit, or ray job submit)"
         )
-    if address != "auto" and not _answers(address, REACH_SECONDS):
+    if not re.fullmatch(r".+:\d{1,5}", address):
+        raise ClusterError(f"{key} must be host:port of a running cluster, got {address!r}")
+    if not _answers(address, REACH_SECONDS):
         raise ClusterError(
-            f"no Ray cluster answers at {address} (tried for {REACH_SECONDS:g} s): check "
-            "cluster.address and RAY_ADDRESS, or leave both empty to run locally"
+            f"{key}: no Ray cluster answers at {address}; start it, or leave cluster.address and "
+            "RAY_ADDRESS empty to run locally"
         )
 
 
