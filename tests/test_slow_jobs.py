@@ -103,6 +103,27 @@ def test_stopped_job_says_that_it_can_be_continued(tmp_path):
     assert "the same command continues" in err and "Traceback" not in err
 
 
+def test_sigterm_while_the_dense_model_trains_ends_the_run_as_killed(tmp_path):
+    job = JOB.replace("tracking: {uri: none}", "model: {pretrain: {epochs: 5000}}")
+    (tmp_path / "job.yaml").write_text(job)
+    driver = raycompress(
+        *("run", str(tmp_path / "job.yaml"), "--output", str(tmp_path / "out")),
+        stderr=subprocess.PIPE,
+    )
+    for line in driver.stderr:
+        if "loss" in line:  # a replica trains
+            break
+    driver.send_signal(signal.SIGTERM)
+    err = driver.stderr.read()
+    assert driver.wait(timeout=60) == 75
+    assert "the same command continues" in err and "Traceback" not in err
+    import mlflow
+
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/out/mlflow.db")
+    runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    assert {run.info.status for run in runs} == {"KILLED"} and len(runs) == 2
+
+
 @contextmanager
 def running_head(**variables):
     """A local head with its dashboard, in a session of its own so that it alone is stopped."""
