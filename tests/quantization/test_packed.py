@@ -1,4 +1,5 @@
 import json
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -11,9 +12,56 @@ import raycompress
 from raycompress.errors import ArtifactError
 from raycompress.quantization.bnn import BNN
 from raycompress.quantization.dorefa import DoReFa
+from raycompress.quantization.layers import attach
 from raycompress.quantization.lowering.packed import load_packed, save_packed
 from raycompress.quantization.lsq import LSQ
+from raycompress.quantization.quantizer import Bits, Quantizer, default_layers
 from raycompress.testing import ToyNet, ToyTask
+
+
+class Gridded(nn.Module):
+    """Rounds to a grid for each output channel, with a factor before and after, or not."""
+
+    def __init__(self, weight, bits, folded):
+        super().__init__()
+        top = 2 ** (bits - 1) - 1
+        self.bits, self.low, self.high = bits, -top, top
+        shape = (-1, *[1] * (weight.dim() - 1))
+        self.scaling = torch.linspace(0.3, 2.1, len(weight)).view(shape)
+        if folded:
+            self.factor = lambda weight: self.scaling
+        folded_weight = weight.detach() * (self.scaling if folded else 1)
+        self.scale = folded_weight.flatten(1).abs().amax(1) / top
+        self.zero_point = torch.zeros(len(weight), dtype=torch.int32)
+        self.shape = shape
+
+    @property
+    def grid(self):
+        return self
+
+    def integers(self, x):
+        return (x / self.scale.view(self.shape)).round().clamp(self.low, self.high).int()
+
+    def forward(self, weight):
+        factor = self.factor(weight) if hasattr(self, "factor") else 1
+        return self.integers(weight * factor).float() * self.scale.view(self.shape) / factor
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerChannel(Quantizer):
+    """A quantizer of somebody's own."""
+
+    bits: int = 8
+    folded: bool = False
+
+    def choose(self, model):
+        return dict.fromkeys(default_layers(model), Bits(weight=self.bits))
+
+    def prepare(self, model, choices):
+        for name, bits in choices.items():
+            layer = model.get_submodule(name)
+            attach(layer, weight=Gridded(layer.weight, bits.weight, self.folded))
+
 
 QUANTIZERS = {
     "dorefa-1": DoReFa(weight_bits=1, activation_bits=2),
@@ -46,10 +94,37 @@ def test_the_loaded_model_is_the_same_to_the_bit(name, tmp_path):
         assert torch.equal(loaded(x), model(x))
     assert saved.file_bytes == (tmp_path / "m.safetensors").stat().st_size
     assert [layer.name for layer in saved.layers] == list(choices)
-    for layer in saved.layers:  # as many as its values need
-        num = len(model.get_submodule(layer.name).quantized_weight().unique())
-        assert 2 ** (layer.bits - 1) < num <= 2**layer.bits <= 2 ** choices[layer.name].weight
+    for layer in saved.layers:
+        assert 1 <= layer.bits <= choices[layer.name].weight
     assert "run in simulation" in str(saved)
+
+
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("bits", [3, 8])
+def test_grids_for_each_channel_are_stored_as_integers_and_scales(bits, folded, tmp_path):
+    quantizer = PerChannel(bits=bits, folded=folded)
+    task, model, choices = _quantized(quantizer, width=16, train=False)
+    saved = save_packed(model, tmp_path / "m.safetensors", quantizer, choices)
+    assert [layer.bits for layer in saved.layers] == [bits] * 4
+    with safe_open(saved.path, "pt") as file:
+        assert file.get_tensor("conv2.weight.scale").shape == (16,)
+        assert ("conv2.weight.factor" in file.keys()) is folded
+    with pytest.raises(ArtifactError, match=r"quantized by test_packed:PerChannel: pass"):
+        load_packed(saved.path, task.build_model())
+    loaded = load_packed(saved.path, task.build_model().eval(), quantizer)
+    x = task.dataset("test").tensors[0]
+    with torch.inference_mode():
+        assert torch.equal(loaded(x), model(x))
+
+
+def test_many_values_without_a_grid_stay_in_float_and_are_said(tmp_path):
+    quantizer = PerChannel()
+    _, model, choices = _quantized(quantizer, width=16, train=False)
+    model.conv2.weight_quantizer.factor = lambda weight: 1 + weight.abs()  # no such grid
+    saved = save_packed(model, tmp_path / "m.safetensors", quantizer, choices)
+    found = {layer.name: layer for layer in saved.layers}
+    assert found["conv2"].bits is None and "more than 256" in found["conv2"].reason
+    assert "1 in float" in str(saved)
 
 
 def test_signs_take_one_bit(tmp_path):

@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from raycompress.artifacts.recipe import apply_recipe, read_recipe, to_recipe, write_recipe
-from raycompress.errors import ArtifactError
+from raycompress.errors import ArtifactError, InputError
 from raycompress.plain import from_plain, to_plain
 from raycompress.quantization.layers import QuantizedLayer, quantized_layers
 from raycompress.quantization.lowering.bits import pack, unpack
@@ -70,14 +71,14 @@ class Packed:
 def save_packed(
     model: nn.Module, path: str | Path, quantizer: Quantizer, choices: Mapping[str, Bits]
 ) -> Packed:
-    """Writes a quantized model: codes and levels in place of quantized weights, the rest as it is.
+    """Writes a quantized model: codes in place of quantized weights, the rest as it is.
 
     The weights before quantization are not stored: what is loaded isn't trained any further.
 
     Args:
-        model: Prepared (and trained) by `quantizer`; it isn't changed.
+        model: Prepared (and calibrated, and trained) by `quantizer`; it isn't changed.
         path: Of the file, ending in .safetensors.
-        quantizer: That prepared the model.
+        quantizer: That prepared it.
         choices: That it was prepared with.
 
     Raises:
@@ -88,35 +89,31 @@ def save_packed(
         raise ArtifactError(f"{path}: packed weights are .safetensors")
     final = copy.deepcopy(model).eval()
     tied = _tied(final)
-    layers, codes = [], {}
+    layers, coded = [], {}
     for name, layer in quantized_layers(final).items():
         if layer.weight_quantizer is None:
             continue
         with torch.no_grad():
             weight = layer.quantized_weight().detach()
-        levels = torch.unique(weight)
-        reason = ""
-        if f"{name}.weight" in tied:
-            reason = "another layer has the same weight"
-        elif len(levels) > 256:
-            reason = f"it has {len(levels)} different values"
-        if reason:
+            codes = _by_grid(layer, weight) or _by_levels(weight)
+        if f"{name}.weight" in tied or codes is None:
+            reason = "its values are more than 256" if codes is None else "another layer has it too"
             layers.append(PackedLayer(name, weight.numel(), None, reason))
             continue
-        bits = max(1, (len(levels) - 1).bit_length())
-        layers.append(PackedLayer(name, weight.numel(), bits))
-        codes[name] = (pack(torch.searchsorted(levels, weight), bits), levels)
-        _finalize(layer, weight)
+        layers.append(PackedLayer(name, weight.numel(), codes.bits))
+        coded[name] = codes
+        layer.weight_quantizer = None
+        layer.weight.data = weight
     tensors, recipe = to_recipe(path, final)
     float_bytes = sum(t.numel() * t.element_size() for t in tensors.values())
-    shapes = {}
-    for name, (packed, levels) in codes.items():
-        shapes[name] = list(tensors.pop(f"{name}.weight").shape)
-        tensors[f"{name}.weight.codes"], tensors[f"{name}.weight.levels"] = packed, levels
-    bits_of = {layer.name: layer.bits for layer in layers if layer.bits is not None}
-    recipe["packed"] = {n: {"bits": bits_of[n], "shape": shapes[n]} for n in codes}
-    recipe["quantizer"] = to_plain(quantizer)
-    recipe["choices"] = {name: dataclasses.asdict(bits) for name, bits in choices.items()}
+    packed = {}
+    for name, codes in coded.items():
+        shape = list(tensors.pop(f"{name}.weight").shape)
+        packed[name] = {"bits": codes.bits, "shape": shape}
+        tensors[f"{name}.weight.codes"] = pack(codes.codes, codes.bits)
+        tensors |= {f"{name}.weight.{key}": tensor for key, tensor in codes.tables.items()}
+    plain = {name: dataclasses.asdict(bits) for name, bits in choices.items()}
+    recipe |= {"packed": packed, "quantizer": to_plain(quantizer), "choices": plain}
     write_recipe(path, tensors, recipe)
     return Packed(path, path.stat().st_size, float_bytes, tuple(layers))
 
@@ -137,16 +134,17 @@ def load_packed(
     path = Path(path)
     tensors, recipe = read_recipe(path)
     try:
-        plain = dict(recipe["quantizer"])
-        if quantizer is None and not str(plain["type"]).startswith("raycompress.quantization."):
-            raise ArtifactError(f"{path} was quantized by {plain['type']}: pass `quantizer`")
-        quantizer = from_plain(plain, Quantizer) if quantizer is None else quantizer
+        kind = str(recipe["quantizer"]["type"])
+        if quantizer is None and not kind.startswith("raycompress.quantization."):
+            raise ArtifactError(f"{path} was quantized by {kind}: pass `quantizer`")
+        if quantizer is None:
+            quantizer = from_plain(recipe["quantizer"], Quantizer)
         choices = {str(name): Bits(**bits) for name, bits in recipe["choices"].items()}
         packed = {
             str(name): (int(each["bits"]), [int(size) for size in each["shape"]])
             for name, each in recipe["packed"].items()
         }
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, InputError) as error:
         raise ArtifactError(f"{path} holds no packed weights: {error!r}") from error
     weights = {name: _unpack(path, tensors, name, *each) for name, each in packed.items()}
     try:
@@ -160,29 +158,79 @@ def load_packed(
         layers[name].weight_quantizer = None
         tensors[f"{name}.weight"] = weight
     apply_recipe(path, model, tensors, recipe)
-    _log.info(
-        "%s: %s",
-        path,
-        _note([PackedLayer(n, weights[n].numel(), bits) for n, (bits, _) in packed.items()]),
-    )
+    # Quantizers take what they know of their buffers when a state dict is loaded.
+    model.load_state_dict(model.state_dict())
+    found = [PackedLayer(n, weights[n].numel(), bits) for n, (bits, _) in packed.items()]
+    _log.info("%s: %s", path, _note(found))
     return model
 
 
-def _finalize(layer: QuantizedLayer, weight: Tensor) -> None:
-    layer.weight_quantizer = None
-    layer.weight.data = weight
+@dataclass(frozen=True)
+class _Codes:
+    """A weight as integers and the small tables that give them their values."""
+
+    codes: Tensor
+    bits: int
+    tables: dict[str, Tensor]
+
+
+def _by_levels(weight: Tensor) -> _Codes | None:
+    """A table of all values that the weight has: for any quantizer at all."""
+    levels = torch.unique(weight)
+    if len(levels) > 256:
+        return None
+    bits = max(1, (len(levels) - 1).bit_length())
+    return _Codes(torch.searchsorted(levels, weight), bits, {"levels": levels})
+
+
+def _by_grid(layer: QuantizedLayer, weight: Tensor) -> _Codes | None:
+    """A grid's integers from 0, with scales and zero points; None if it isn't on one grid.
+
+    A quantizer's `grid` has scales and zero points, for the tensor or each output channel, the
+    lowest integer, and `integers`; its `factor`, if there is one, is what the weight is multiplied
+    by before it is rounded, and divided by after.
+    """
+    quantizer = layer.weight_quantizer
+    if not hasattr(quantizer, "grid"):
+        return None
+    assert quantizer is not None
+    grid: Any = quantizer.grid
+    zero = (grid.zero_point - grid.low).to(torch.uint8)
+    tables = {"scale": grid.scale, "zero_point": zero}
+    whole = layer.weight
+    if hasattr(quantizer, "factor"):
+        factor: Tensor = quantizer.factor(whole)  # type: ignore[operator]
+        if factor.numel() != len(whole):
+            return None
+        tables["factor"] = factor.flatten()
+        whole = whole * factor
+    codes = grid.integers(whole) - grid.low
+    bits = int(quantizer.bits)  # type: ignore[arg-type]
+    # To the last bit, or not at all.
+    return _Codes(codes, bits, tables) if torch.equal(_values(codes, tables), weight) else None
+
+
+def _values(codes: Tensor, tables: dict[str, Tensor]) -> Tensor:
+    if "levels" in tables:
+        return tables["levels"][codes.long()]
+    scale = tables["scale"]
+    shape = [-1, *[1] * (codes.dim() - 1)] if scale.dim() else []
+    zero = tables["zero_point"].to(scale.dtype)
+    values = (codes.to(scale.dtype) - zero.view(shape)) * scale.view(shape)
+    if "factor" in tables:
+        values = values / tables["factor"].view(-1, *[1] * (codes.dim() - 1))
+    return values
 
 
 def _unpack(
     path: Path, tensors: dict[str, Tensor], name: str, bits: int, shape: list[int]
 ) -> Tensor:
-    num = 1
-    for size in shape:
-        num *= size
+    kinds = ("levels", "scale", "zero_point", "factor")
+    keys = {kind: f"{name}.weight.{kind}" for kind in kinds}
+    tables = {kind: tensors.pop(key) for kind, key in keys.items() if key in tensors}
     try:
-        codes = unpack(tensors.pop(f"{name}.weight.codes"), bits, num)
-        levels = tensors.pop(f"{name}.weight.levels")
-        return levels[codes.long()].view(shape)
+        codes = unpack(tensors.pop(f"{name}.weight.codes"), bits, math.prod(shape))
+        return _values(codes.view(shape), tables)
     except (KeyError, ValueError, IndexError, RuntimeError) as error:
         raise ArtifactError(f"{path} is damaged: weights of {name!r}: {error}") from error
 
@@ -195,13 +243,13 @@ def _tied(model: nn.Module) -> set[str]:
     return {name for found in names.values() if len(found) > 1 for name in found}
 
 
-def _note(layers: Any) -> str:
+def _note(layers: Sequence[PackedLayer]) -> str:
     counts: dict[str, int] = {}
     for layer in layers:
         kind = f"{layer.bits} bits" if layer.bits else "float"
         counts[kind] = counts.get(kind, 0) + 1
     stored = ", ".join(f"{count} in {kind}" for kind, count in sorted(counts.items()))
     return (
-        f"Weights of quantized layers: {stored}. They run in simulation, in float: there is no "
-        "kernel for them here."
+        f"Weights of quantized layers: {stored}. They run in simulation, in float: fewer than 8 "
+        "bits have no kernel here, and 8 bits run in integers where a backend lowers them."
     )
