@@ -8,10 +8,12 @@ A suite is a class with tests; inherit it in a test module and say what is teste
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 import tempfile
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import ClassVar
 
@@ -23,7 +25,9 @@ from raycompress.budget import Budget
 from raycompress.criteria import Criterion
 from raycompress.ledger import Ledger
 from raycompress.local import LocalExecutor
+from raycompress.method import TrainingRun
 from raycompress.pruning.pruner import Problem, Pruner
+from raycompress.quantization.quantizer import Quantization, Quantizer
 from raycompress.search import (
     Asked,
     Candidate,
@@ -37,7 +41,14 @@ from raycompress.structure import analyze
 from raycompress.task import ClassificationTask, Split
 from raycompress.weights import Weights, WeightStore
 
-__all__ = ["CriterionContract", "PrunerContract", "ToyNet", "ToyTask", "toy_problem"]
+__all__ = [
+    "CriterionContract",
+    "PrunerContract",
+    "QuantizerContract",
+    "ToyNet",
+    "ToyTask",
+    "toy_problem",
+]
 
 
 class ToyNet(nn.Module):
@@ -290,3 +301,122 @@ class CriterionContract:
         candidate = Candidate("w", collect=self.criterion)
         assert Candidate.from_key(json.loads(json.dumps(candidate.key()))) == candidate
         assert pickle.loads(pickle.dumps(self.criterion)) == self.criterion
+
+
+class QuantizerContract:
+    """What every quantizer must do; inherit it and set `quantizer`.
+
+    Attributes:
+        quantizer: The instance under test.
+    """
+
+    quantizer: ClassVar[Quantizer]
+
+    def _net(self) -> nn.Module:
+        """Has negative inputs to every layer, as binary networks ask for."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return nn.Sequential(
+                nn.Conv2d(2, 4, 3, padding=1),
+                nn.BatchNorm2d(4),
+                nn.Hardtanh(),
+                nn.Conv2d(4, 4, 3, padding=1),
+                nn.BatchNorm2d(4),
+                nn.Hardtanh(),
+                nn.Flatten(),
+                nn.Linear(4 * 36, 3),
+            ).eval()
+
+    def _batches(self) -> list[Tensor]:
+        data = ToyTask(num=32).dataset("calibration").tensors[0]
+        return [data[:16], data[16:]]
+
+    def _prepared(self) -> nn.Module:
+        model = self._net()
+        choices = self.quantizer.choose(model)
+        self.quantizer.prepare(model, choices)
+        self.quantizer.calibrate(model, lambda m, batch: m(batch), self._batches())
+        return model.eval()
+
+    def test_keys_of_the_float_model_stay(self) -> None:
+        """With their values: what is trained is in them."""
+        before = {key: value.clone() for key, value in self._net().state_dict().items()}
+        after = self._prepared().state_dict()
+        for key, value in before.items():
+            assert torch.equal(after[key], value), key
+
+    def test_it_changes_what_the_model_computes(self) -> None:
+        """And all of it is finite."""
+        batch = self._batches()[0]
+        with torch.no_grad():
+            out = self._prepared()(batch)
+            assert torch.isfinite(out).all()
+            assert not torch.equal(out, self._net()(batch))
+
+    def test_eval_changes_no_buffer(self) -> None:
+        """A forward pass in eval mode only reads."""
+        model = self._prepared()
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        with torch.no_grad():
+            model(10 * self._batches()[0])
+        for key, value in model.state_dict().items():
+            assert torch.equal(value, before[key]), key
+
+    def test_copies_and_pickles_compute_the_same(self) -> None:
+        """Also after a training step in between."""
+        model, batch = self._prepared(), self._batches()[0]
+        self._step(model)
+        copied, sent = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+        fresh = self._net()
+        self.quantizer.prepare(fresh, self.quantizer.choose(fresh))
+        fresh.eval().load_state_dict(model.state_dict())
+        with torch.no_grad():
+            for other in (copied, sent, fresh):
+                assert torch.equal(model(batch), other(batch))
+        for parameter in copied.parameters():
+            parameter.data.zero_()
+        with torch.no_grad():
+            assert torch.equal(model(batch), sent(batch))  # the copy shares nothing
+
+    def _step(self, model: nn.Module, autocast: bool = False) -> None:
+        """One step of training, and back to eval mode."""
+        task = ToyTask(num=32)
+        run = TrainingRun(
+            model=model,
+            task=task,
+            structure=analyze(self._net(), task.example_inputs(), form="module"),
+            masks={},
+            device=torch.device("cpu"),
+            weights=lambda digest: Weights({}, {}),
+            build=lambda digest: model,
+        )
+        images, labels = task.dataset("train").tensors
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        with ExitStack() as around, torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            for method in self.quantizer.methods(model):
+                around.enter_context(method.around(run))
+            model.train()
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = task.loss(model(images), [images, labels])
+            torch.autograd.backward(loss)
+            optimizer.step()
+            model.eval()
+
+    def test_it_trains(self) -> None:
+        """Every weight gets a gradient and moves, with AMP and without."""
+        for autocast in (False, True):
+            model = self._prepared()
+            before = {name: p.detach().clone() for name, p in model.named_parameters()}
+            self._step(model, autocast)
+            for name, parameter in model.named_parameters():
+                assert torch.isfinite(parameter).all(), name
+                if name.endswith(".weight") and parameter.dim() > 1:
+                    assert not torch.equal(parameter, before[name]), name
+
+    def test_travels_as_plain_data(self) -> None:
+        """Into the ledger's keys and to replicas, and back."""
+        how = Quantization.of(self.quantizer, self.quantizer.choose(self._net()))
+        assert Quantization.from_key(json.loads(json.dumps(how.key()))) == how
+        assert pickle.loads(pickle.dumps(how)) == how
+        assert hash(how) == hash(Quantization.of(self.quantizer, dict(how.choices)))

@@ -1,1 +1,29 @@
 """Quantizers: frozen dataclasses whose fields are their YAML keys."""
+
+from raycompress.quantization.bnn import BNN
+from raycompress.quantization.dorefa import DoReFa
+from raycompress.quantization.lsq import LSQ
+from raycompress.quantization.naive import NaiveQuantizer
+from raycompress.quantization.qat import QAT
+from raycompress.quantization.quantizer import Bits, Quantization, Quantizer
+
+__all__ = [
+    "BNN",
+    "LSQ",
+    "QAT",
+    "QUANTIZERS",
+    "Bits",
+    "DoReFa",
+    "NaiveQuantizer",
+    "Quantization",
+    "Quantizer",
+]
+
+QUANTIZERS: dict[str, type[Quantizer]] = {
+    "Naive": NaiveQuantizer,
+    "QAT": QAT,
+    "DoReFa": DoReFa,
+    "BNN": BNN,
+    "LSQ": LSQ,
+}
+"""Those that a job can name without an import path."""

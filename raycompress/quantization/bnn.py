@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -125,6 +125,8 @@ class BNN(Quantizer):
 
     first: Literal["float", "weights"] = "float"
     last: Literal["float", "binary"] = "float"
+
+    needs_data: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for name, allowed in (("first", ("float", "weights")), ("last", ("float", "binary"))):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -194,6 +194,8 @@ class DoReFa(Quantizer):
     weight_bits: int = 1
     activation_bits: int = 2
     gradient_bits: int = 32
+
+    needs_data: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for name in ("weight_bits", "activation_bits", "gradient_bits"):

@@ -5,15 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
 from raycompress.errors import ConfigError
 from raycompress.method import TrainingMethod
+from raycompress.plain import from_plain, to_plain
 from raycompress.quantization.layers import QUANTIZED
 
-__all__ = ["Bits", "Quantizer", "default_layers", "inner_layers"]
+__all__ = ["Bits", "Quantization", "Quantizer", "check_parts", "default_layers", "inner_layers"]
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,15 @@ class Bits:
         weight: Of its weight.
         input: Of what it is given.
         output: Of what it returns.
+        start_step: Training batches seen before the quantizer rounds.
+        norm: Name of the BatchNorm that alone reads what the layer returns; "" if there is none.
     """
 
     weight: int | None = None
     input: int | None = None
     output: int | None = None
+    start_step: int = 0
+    norm: str = ""
 
 
 class Quantizer(ABC):
@@ -36,6 +41,13 @@ class Quantizer(ABC):
 
     The order of calls is `prepare`, `calibrate`, the task's training within `methods`.
     """
+
+    parts: ClassVar[tuple[str, ...]] = ("weight", "input")
+    """What of a layer it can quantize: "weight", "input", "output"."""
+    delays: ClassVar[bool] = False
+    """Whether it honours `Bits.start_step`."""
+    needs_data: ClassVar[bool] = True
+    """Whether it needs calibration data where it isn't trained."""
 
     @abstractmethod
     def choose(self, model: nn.Module) -> dict[str, Bits]:
@@ -59,6 +71,60 @@ class Quantizer(ABC):
         """What happens around the steps of training a prepared model."""
         del model
         return ()
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a model is quantized: plain data, part of a candidate.
+
+    Attributes:
+        quantizer: With its settings.
+        choices: (layer, its bits), sorted by name.
+        batches: Calibration batches.
+    """
+
+    quantizer: Quantizer
+    choices: tuple[tuple[str, Bits], ...]
+    batches: int = 8
+
+    @staticmethod
+    def of(quantizer: Quantizer, choices: Mapping[str, Bits], batches: int = 8) -> Quantization:
+        """From choices as a dict."""
+        return Quantization(quantizer, tuple(sorted(choices.items())), batches)
+
+    def prepare(self, model: nn.Module) -> None:
+        """Gives a float model its quantizers, in place."""
+        self.quantizer.prepare(model, dict(self.choices))
+
+    def key(self) -> dict[str, Any]:
+        """Plain data for keys and files."""
+        return {
+            "quantizer": to_plain(self.quantizer),
+            "choices": {name: dict(vars(bits)) for name, bits in self.choices},
+            "batches": self.batches,
+        }
+
+    @staticmethod
+    def from_key(key: Mapping[str, Any]) -> Quantization:
+        """The inverse of `key`, also after a trip through JSON."""
+        choices = {name: Bits(**bits) for name, bits in key["choices"].items()}
+        quantizer = from_plain(key["quantizer"], Quantizer)
+        return Quantization.of(quantizer, choices, key["batches"])
+
+
+def check_parts(quantizer: Quantizer, choices: Mapping[str, Bits]) -> None:
+    """Raises a ConfigError for parts of layers that a quantizer doesn't quantize."""
+    for name, bits in choices.items():
+        for part in ("weight", "input", "output"):
+            if getattr(bits, part) is not None and part not in quantizer.parts:
+                raise ConfigError(
+                    f"{type(quantizer).__name__} quantizes no {part}, got {getattr(bits, part)} "
+                    f"bits: {name}; quant_types may be {', '.join(quantizer.parts)}"
+                )
+        if bits.start_step and not quantizer.delays:
+            raise ConfigError(
+                f"{type(quantizer).__name__} has no quant_start_step, got {bits.start_step}: {name}"
+            )
 
 
 def default_layers(model: nn.Module) -> list[str]:

@@ -1,0 +1,56 @@
+"""What lowering returns: a model that computes in integers, and what of it really does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from torch import nn
+
+from raycompress.errors import VerificationError
+
+__all__ = ["Lower", "Lowered"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lowered:
+    """A quantized model on a runtime.
+
+    Attributes:
+        backend: Which one.
+        model: Called as the float model is; runs on the CPU.
+        reference: The float model on the same runtime, for its latency; called alike.
+        path: The file.
+        file_bytes: Its size.
+        layers_asked: Quantized layers with bits for weight and input, by name.
+        layers_integer: Those that really run in integers.
+        runs: "integers", or "simulation": the file is small, the arithmetic is in float.
+    """
+
+    backend: str
+    model: nn.Module
+    reference: nn.Module
+    path: Path
+    file_bytes: int
+    layers_asked: tuple[str, ...]
+    layers_integer: tuple[str, ...]
+    runs: Literal["integers", "simulation"] = "integers"
+
+    def check(self) -> None:
+        """Raises a VerificationError if fewer layers run in integers than were asked for."""
+        missing = [name for name in self.layers_asked if name not in self.layers_integer]
+        if missing and self.runs == "integers":
+            raise VerificationError(
+                f"{self.backend}: {len(self.layers_integer)} of {len(self.layers_asked)} layers "
+                f"run in integers; in float are {', '.join(missing[:5])}"
+            )
+
+
+Lower = Callable[[nn.Module, nn.Module, tuple[object, ...], Path], Lowered]
+"""`lower(model, float_model, example_inputs, folder)`.
+
+`model` is prepared, has its ranges, and is in eval mode on the CPU; `float_model` is what it was
+made of. Neither is changed. Files go to `folder`, which is there.
+"""
