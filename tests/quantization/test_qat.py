@@ -80,3 +80,42 @@ def test_config_list():
         choices_of(model, QAT(), (QuantTarget(op_names=("bn1",)),), x)
     with pytest.raises(ConfigError, match=r"quant_bits\.input must be between 1 and 8"):
         QuantTarget(op_types=("Conv2d",), quant_bits={"input": 9})
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_int32_arithmetic_comes_to_the_same_within_a_step(per_channel):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 6)).eval()
+    x = torch.randn(50, 20)
+    quantizer = QAT(per_channel=per_channel)
+    quantizer.prepare(model, {"0": Bits(weight=8, input=8, output=8)})
+    quantizer.calibrate(model, lambda m, batch: m(batch), [x])
+    layer = model[0]
+    weight, inputs, outputs = (
+        getattr(layer, f"{part}_quantizer").grid for part in ("weight", "input", "output")
+    )
+    # S_bias = S_weight * S_input, Z_bias = 0 (section 2.4)
+    step = weight.scale.double() * inputs.scale.double()
+    bias = torch.round(layer.bias.double() / step).to(torch.int32)
+    q_x, q_w = inputs.integers(x) - inputs.zero_point, weight.integers(layer.weight)
+    assert q_w.min() >= -127
+    total = q_x @ q_w.T + bias
+    assert total.dtype == torch.int32
+    ratio = step / outputs.scale.double()
+    integers = (torch.round(total * ratio) + outputs.zero_point).clamp(0, 255)
+    with torch.no_grad():
+        simulated = outputs.integers(model(x))
+    difference = (integers - simulated).abs()
+    assert difference.max() <= 1 and (difference == 0).float().mean() > 0.9
+
+
+def test_training_starts_to_round_after_the_delay_and_keeps_master_weights():
+    torch.manual_seed(0)
+    model, plain = nn.Sequential(nn.Linear(5, 3)), nn.Linear(5, 3)
+    model[0].load_state_dict(plain.state_dict())
+    QAT().prepare(model, {"0": Bits(weight=8, input=8, start_step=2)})
+    x = torch.randn(10, 5)
+    model.train()
+    assert torch.equal(model(x), plain(x)) and torch.equal(model(x), plain(x))
+    assert not torch.equal(model(x), plain(x))
+    assert torch.equal(model[0].weight, plain.weight)
