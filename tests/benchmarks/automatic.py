@@ -8,9 +8,9 @@ images, one seed. "before" is the test accuracy of what a search ends with; "aft
 after equal fine-tuning (3 epochs). Norm statistics are taken anew on calibration data where a
 search ends without having done so. Searches see the validation and calibration splits alone (those
 that train, the training split too); the test split is scored twice for each row, and selects
-nothing. DFE counts the search, trainings included, and not the fine-tuning; seconds are those of its
-units on one core. What `CurveSolver` probes once for all budgets is in each of its rows, and once in
-the sums.
+nothing. DFE counts the search, trainings included, and not the fine-tuning; seconds are those of
+its units on one core. What `CurveSolver` probes once for all budgets is in each of its rows, and
+once in the sums.
 
 Each net and seed is a process; finished rows and finished units of work are kept in OUTPUT.
 """
@@ -187,7 +187,7 @@ def table(rows: Sequence[Row]) -> list[str]:
     for method in pruners(False):
         each = [by[budget, method] for budget in BUDGETS]
         if all(each):
-            own = sum(statistics.fmean([r.dfe - r.shared for r in rows]) for rows in each)
+            own = sum(statistics.fmean([r.dfe - r.shared for r in some]) for some in each)
             sums[method] = own + statistics.fmean([r.shared for r in each[0]])
     shown = ", ".join(f"{method} {value:.0f}" for method, value in sums.items() if value > 0.5)
     return [*text, "", f"DFE of all three budgets together: {shown}."]
