@@ -15,7 +15,10 @@ from raycompress.quantization.dorefa import DoReFa
 from raycompress.quantization.layers import attach
 from raycompress.quantization.lowering.packed import load_packed, save_packed
 from raycompress.quantization.lsq import LSQ
+from raycompress.quantization.naive import NaiveQuantizer
+from raycompress.quantization.qat import QAT
 from raycompress.quantization.quantizer import Bits, Quantizer, default_layers
+from raycompress.quantization.targets import choices_of
 from raycompress.testing import ToyNet, ToyTask
 
 
@@ -64,6 +67,12 @@ class PerChannel(Quantizer):
 
 
 QUANTIZERS = {
+    "naive-8": NaiveQuantizer(),
+    "naive-3": NaiveQuantizer(weight_bits=3, per_channel=True),
+    "qat-8": QAT(),
+    "qat-4": QAT(weight_bits=4, input_bits=4),
+    "qat-tensor": QAT(per_channel=False),
+    "qat-plain": QAT(fold_norms=False),
     "dorefa-1": DoReFa(weight_bits=1, activation_bits=2),
     "dorefa-3": DoReFa(weight_bits=3, activation_bits=4, gradient_bits=6),
     "lsq-4": LSQ(weight_bits=4, activation_bits=4),
@@ -74,8 +83,10 @@ QUANTIZERS = {
 def _quantized(quantizer, width=8, train=True):
     task = ToyTask(width)
     model = task.build_model()
-    choices = quantizer.choose(model)
+    choices = choices_of(model, quantizer, (), task.example_inputs())
     quantizer.prepare(model, choices)
+    data = task.dataset("calibration")
+    quantizer.calibrate(model, task.forward, task.batches(data, range(64), 32, "cpu"))
     if train:
         task.train(model, epochs=1)
     return task, model.eval(), choices

@@ -1,12 +1,12 @@
-"""What DoReFa, BNN and LSQ must do on a model, whatever their formulas are."""
+"""DoReFa, BNN and LSQ trained: in other processes, exported, by seed; beside their contract."""
 
 from __future__ import annotations
 
 import copy
-import pickle
 import subprocess
 import sys
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -50,6 +50,7 @@ each = pytest.mark.parametrize("quantizer", ALL, ids=lambda q: f"{type(q).__name
 
 
 def prepared(quantizer: Quantizer) -> tuple[HardtanhTask, nn.Module]:
+    """In training mode, whose norms calibration must leave alone."""
     task = HardtanhTask()
     model = task.build_model()
     quantizer.prepare(model, quantizer.choose(model))
@@ -76,20 +77,10 @@ def outputs(task: ToyTask, model: nn.Module) -> Tensor:
 
 
 @each
-def test_keys_of_the_float_model_stay(quantizer):
+def test_calibration_changes_nothing_of_the_float_model(quantizer):
     task, model = prepared(quantizer)
-    assert set(task.build_model().state_dict()) <= set(model.state_dict())
     for name, tensor in task.build_model().state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
-
-
-@each
-def test_copies_and_pickles_compute_the_same(quantizer):
-    task, model = trained(quantizer)
-    expected = outputs(task, model)
-    assert torch.equal(outputs(task, copy.deepcopy(model)), expected)
-    assert torch.equal(outputs(task, pickle.loads(pickle.dumps(model))), expected)
-    assert pickle.loads(pickle.dumps(quantizer)) == quantizer
 
 
 @each
@@ -102,29 +93,32 @@ def test_a_copy_made_after_training_trains_by_itself(quantizer):
     assert not torch.equal(outputs(task, other), before)
 
 
-@each
-def test_state_dicts_load_in_another_process(quantizer, tmp_path):
-    task, model = trained(quantizer)
-    torch.save(model.state_dict(), tmp_path / "state.pt")
-    torch.save(outputs(task, model), tmp_path / "out.pt")
+def test_state_dicts_load_in_another_process(tmp_path):
+    saved = []
+    for quantizer in ALL:
+        task, model = trained(quantizer)
+        saved.append((model.state_dict(), outputs(task, model).clone()))
+    torch.save(saved, tmp_path / "saved.pt")
     code = (
         "import sys; sys.path.insert(0, 'tests/quantization')\n"
         "import torch\n"
         "from test_trained_quantizers import ALL, HardtanhTask, outputs\n"
-        "task, quantizer = HardtanhTask(), ALL[int(sys.argv[1])]\n"
-        "model = task.build_model().eval()\n"
-        "quantizer.prepare(model, quantizer.choose(model))\n"
-        "model.load_state_dict(torch.load(sys.argv[2] + '/state.pt', weights_only=True))\n"
-        "expected = torch.load(sys.argv[2] + '/out.pt', weights_only=True)\n"
-        "assert torch.equal(outputs(task, model), expected)\n"
+        "saved = torch.load(sys.argv[1], weights_only=True)\n"
+        "for quantizer, (state, expected) in zip(ALL, saved, strict=True):\n"
+        "    task = HardtanhTask()\n"
+        "    model = task.build_model().eval()\n"
+        "    quantizer.prepare(model, quantizer.choose(model))\n"
+        "    model.load_state_dict(state)\n"
+        "    assert torch.equal(outputs(task, model), expected), quantizer\n"
+        "print('same')\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(ALL.index(quantizer)), str(tmp_path)],
+        [sys.executable, "-c", code, str(tmp_path / "saved.pt")],
         capture_output=True,
         text=True,
-        cwd=sys.modules[__name__].__file__.rpartition("/tests/")[0],
+        cwd=Path(__file__).parents[2],
     )
-    assert done.returncode == 0, done.stderr
+    assert done.stdout == "same\n", done.stderr
 
 
 @each
@@ -142,24 +136,6 @@ def test_the_same_seed_gives_the_same_model(quantizer):
     first, again, other = (trained(quantizer, seed)[1].state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
     assert not all(torch.equal(tensor, other[name]) for name, tensor in first.items())
-
-
-@each
-def test_training_in_bfloat16_is_finite_and_keeps_float32_weights(quantizer):
-    task, model = prepared(quantizer)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    before = [p.detach().clone() for p in model.parameters()]
-    model.train()
-    for batch in task.batches(task.dataset("train"), range(96), 32, "cpu"):
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = task.loss(model(batch[0]), batch)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    for parameter in model.parameters():
-        assert parameter.dtype is torch.float32 and parameter.isfinite().all()
-        assert parameter.grad is not None and parameter.grad.isfinite().all()
-    assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
 @each
