@@ -164,10 +164,10 @@ def _row(
 def table(rows: Sequence[Row]) -> list[str]:
     """A Markdown table of means and standard deviations over seeds."""
     text = [
-        f"Dense: {_mean([100 * row.dense for row in rows], 1)} %.",
+        f"Dense: {_mean(sorted({100 * row.dense for row in rows}), 1)} %.",
         "",
-        "| search | MACs kept | before | after | DFE | seconds |",
-        "|---|---|---|---|---|---|",
+        "| search | seeds | MACs kept | before | after | DFE | seconds |",
+        "|---|---|---|---|---|---|---|",
     ]
     by: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in rows:
@@ -178,7 +178,7 @@ def table(rows: Sequence[Row]) -> list[str]:
             if not own:
                 continue
             text.append(
-                f"| {method} | {_mean([100 * r.macs for r in own], 1)} % "
+                f"| {method} | {len(own)} | {_mean([100 * r.macs for r in own], 1)} % "
                 f"| {_mean([100 * r.before for r in own], 1)} "
                 f"| {_mean([100 * r.after for r in own], 1)} "
                 f"| {_mean([r.dfe for r in own], 1)} | {_mean([r.seconds for r in own], 0)} |"
@@ -216,18 +216,22 @@ def main() -> None:
         running = [pool.submit(run, *each, options.output, options.quick) for each in work]
         for each in running:
             each.result()
+    print(write(options.output))
+
+
+def write(output: Path) -> str:
+    """Writes the table of all rows that are there, and returns it."""
     text = [__doc__.split("\n\n")[2].strip()]
     for net, size in (("vgg", 14), ("residual", 14), ("residual", 28)):
         rows = [
             Row(**json.loads(path.read_text()))
-            for path in sorted(options.output.glob(f"{net}-{size}-seed*/*.json"))
+            for path in sorted(output.glob(f"{net}-{size}-seed*/*.json"))
         ]
         if rows:
-            num = len({row.dense for row in rows})
-            text += ["", f"## {net}, {size}x{size}, seeds: {num}", "", *table(rows)]
-    path = options.output / "automatic.md"
+            text += ["", f"## {net}, {size}x{size}", "", *table(rows)]
+    path = output / "automatic.md"
     path.write_text("\n".join(text) + "\n")
-    print(path.read_text())
+    return path.read_text()
 
 
 if __name__ == "__main__":
