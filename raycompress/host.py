@@ -11,7 +11,7 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,8 +23,8 @@ from raycompress.data import Splits
 from raycompress.errors import TaskError
 from raycompress.identity import data_digest, numeric_class, task_digest
 from raycompress.layer_rows import Answers
-from raycompress.masks import Masks, hold, masked_copy, weight_masks
-from raycompress.method import TrainingRun
+from raycompress.masks import Masks, masked_copy, weight_masks
+from raycompress.method import TrainingRun, train_within
 from raycompress.recalibration import recalibrate
 from raycompress.reconstruction import Reconstruction, lost_inputs, reconstruct
 from raycompress.search import Candidate, Ranking, Shard, Training
@@ -302,28 +302,18 @@ class ModelHost:
         )
 
         def report(step: int, num_steps: int, loss: float) -> None:
-            run.step, run.num_steps = step, num_steps
             self.progress = (step, num_steps, loss)
             if progress is not None:
                 progress(step, num_steps, loss)
 
-        epochs = training.in_epochs(self._steps_per_epoch())
-        if epochs > 0:
-            with ExitStack() as around:
-                for method in training.methods:
-                    around.enter_context(method.around(run))
-                around.enter_context(hold(model, run.masks))
-                run.task.train(
-                    model,
-                    epochs=epochs,
-                    lr=training.lr,
-                    seed=training.seed,
-                    device=self.device,
-                    progress=report,
-                )
-        for name, parameter in model.named_parameters():  # a loop of the user's may not look
-            if not torch.isfinite(parameter).all():
-                raise TaskError(f"training left NaN or infinity in {name!r}; lower the rate")
+        train_within(
+            run,
+            training.methods,
+            epochs=training.in_epochs(self._steps_per_epoch()),
+            lr=training.lr,
+            seed=training.seed,
+            progress=report,
+        )
         state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
         plain = {name: tuple(indices.tolist()) for name, indices in kept.items()}
         extra = {name: tensor.cpu() for name, tensor in run.extra.items()}

@@ -7,20 +7,21 @@ The user's training loop is left alone: a method acts through hooks on the optim
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from raycompress.masks import Masks
+from raycompress.errors import TaskError
+from raycompress.masks import Masks, hold
 from raycompress.structure import Structure
-from raycompress.task import Task
+from raycompress.task import Progress, Task
 from raycompress.weights import Weights
 
-__all__ = ["TrainingMethod", "TrainingRun"]
+__all__ = ["TrainingMethod", "TrainingRun", "train_within"]
 
 
 @dataclass
@@ -66,3 +67,44 @@ class TrainingMethod(ABC):
     @abstractmethod
     def around(self, run: TrainingRun) -> AbstractContextManager[None]:
         """Entered before `task.train` and left after it."""
+
+
+def train_within(
+    run: TrainingRun,
+    methods: Sequence[TrainingMethod],
+    *,
+    epochs: float,
+    lr: float | None,
+    seed: int,
+    progress: Progress | None = None,
+) -> None:
+    """Trains `run.model` in place with the task's own loop.
+
+    Args:
+        run: Its `step` and `num_steps` follow the loop.
+        methods: Outermost first.
+        epochs: Passes over the train split; 0: only the check is made.
+        lr: Peak learning rate; None takes the task's own.
+        seed: Of the order of examples.
+        progress: Called with (step, number of steps, loss).
+
+    Raises:
+        TaskError: Weights aren't finite.
+    """
+
+    def report(step: int, num_steps: int, loss: float) -> None:
+        run.step, run.num_steps = step, num_steps
+        if progress is not None:
+            progress(step, num_steps, loss)
+
+    if epochs > 0:
+        with ExitStack() as around:
+            for method in methods:
+                around.enter_context(method.around(run))
+            around.enter_context(hold(run.model, run.masks))
+            run.task.train(
+                run.model, epochs=epochs, lr=lr, seed=seed, device=run.device, progress=report
+            )
+    for name, parameter in run.model.named_parameters():  # a loop of the user's may not look
+        if not torch.isfinite(parameter).all():
+            raise TaskError(f"training left NaN or infinity in {name!r}; lower the rate")

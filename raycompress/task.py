@@ -16,9 +16,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset, default_collate
 
-from raycompress.errors import TaskError
+from raycompress.errors import ConfigError, TaskError
 
-__all__ = ["ClassificationTask", "Split", "Task", "check_task", "split_indices"]
+__all__ = [
+    "ClassificationTask",
+    "Split",
+    "Task",
+    "check_device",
+    "check_instance",
+    "check_task",
+    "example_inputs_of",
+    "split_indices",
+]
 
 Split = Literal["train", "calibration", "validation", "test"]
 SPLITS: tuple[str, ...] = get_args(Split)
@@ -224,6 +233,32 @@ def split_indices(num: int, sizes: dict[str, int], seed: int = 0) -> dict[str, l
         parts[name] = order[start:stop]
         start = stop
     return parts
+
+
+def check_instance(task: object) -> None:
+    """Raises a TaskError for what is no task."""
+    if not isinstance(task, Task):
+        raise TaskError(f"task must be an instance of raycompress.Task, got {task!r}")
+
+
+def example_inputs_of(task: Task) -> tuple[Any, ...]:
+    """A task's example inputs; what goes wrong in making them is a TaskError."""
+    try:
+        return task.example_inputs()
+    except Exception as error:
+        raise TaskError(
+            f"{type(task).__name__}.example_inputs failed: {type(error).__name__}: {error}; its "
+            "default takes examples of dataset('validation'), which must have len() and [i]"
+        ) from error
+
+
+def check_device(device: str) -> None:
+    """Raises a ConfigError for a device that isn't there."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device {device!r} can't be used here: {reason}") from error
 
 
 def _own(what: str, method: Callable[[], Any]) -> Any:

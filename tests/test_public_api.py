@@ -2,6 +2,7 @@ import subprocess
 import sys
 
 import raycompress
+import raycompress.quantization
 
 
 def test_names_are_pinned_and_load():
@@ -36,6 +37,25 @@ def test_names_are_pinned_and_load():
     ]
     for name in raycompress.__all__:
         assert getattr(raycompress, name) is not None
+
+
+def test_names_of_quantization_are_pinned():
+    assert raycompress.quantization.__all__ == [
+        "BNN",
+        "LSQ",
+        "QAT",
+        "QUANTIZERS",
+        "Bits",
+        "DoReFa",
+        "NaiveQuantizer",
+        "QuantTarget",
+        "Quantization",
+        "Quantizer",
+        "choices_of",
+        "quant_config_list",
+    ]
+    for name in raycompress.quantization.__all__:
+        assert getattr(raycompress.quantization, name) is not None
 
 
 def test_nothing_heavy_is_imported_before_it_is_needed():

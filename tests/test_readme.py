@@ -12,6 +12,7 @@ from torch.nn.utils import prune
 from jobs.tasks.digits import Digits, DigitsNet
 from raycompress.criteria import CRITERIA
 from raycompress.loading import pruner_types
+from raycompress.quantization import QUANTIZERS
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -68,3 +69,10 @@ def test_tables_have_every_pruner_and_criterion():
     assert {name: kinds[name] for name in CRITERIA} == {
         name: each.kind for name, each in CRITERIA.items()
     }
+
+
+def test_table_has_every_quantizer():
+    section = README.split("### Quantizers")[1].split("\n### ")[0]
+    rows = [line.split("|") for line in section.splitlines() if line.startswith("| `")]
+    said = {row[1].strip(" `"): row[3].strip() for row in rows}
+    assert said == {name: each.trains for name, each in QUANTIZERS.items()}

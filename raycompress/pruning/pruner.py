@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from raycompress.budget import Allocator, Budget, Pricing
 from raycompress.criteria import Criterion
-from raycompress.errors import ConfigError, EvaluationError, TaskError
+from raycompress.errors import ConfigError, EvaluationError
 from raycompress.local import LocalExecutor
 from raycompress.masks import Masks, prune_order
 from raycompress.pruning.tied import own_weights
@@ -38,7 +38,7 @@ from raycompress.targets import (
     select_groups,
     select_layers,
 )
-from raycompress.task import Task
+from raycompress.task import Task, check_device, check_instance, example_inputs_of
 from raycompress.weights import Weights, WeightStore
 
 __all__ = ["Problem", "Pruner"]
@@ -255,12 +255,11 @@ class Pruner(ABC):
             BudgetError: The budget can't be met.
             TaskError: `task` is none, or is for another model.
         """
-        if not isinstance(task, Task):
-            raise TaskError(f"task must be an instance of raycompress.Task, got {task!r}")
-        _check_device(device)
+        check_instance(task)
+        check_device(device)
         chosen = config_list(targets)
         self.check_targets(chosen)
-        structure = analyze(model, _example_inputs(task), form="module")
+        structure = analyze(model, example_inputs_of(task), form="module")
         with tempfile.TemporaryDirectory() as folder:
             store = WeightStore(folder)
             weights = Weights(model.state_dict(), {})
@@ -289,24 +288,6 @@ class Pruner(ABC):
                 trained = executor.evaluate([winner])[0].weights or winner.weights
                 model.load_state_dict(problem.dense(trained).state_dict())
             return masks
-
-
-def _example_inputs(task: Task) -> tuple[Any, ...]:
-    try:
-        return task.example_inputs()
-    except Exception as error:
-        raise TaskError(
-            f"{type(task).__name__}.example_inputs failed: {type(error).__name__}: {error}; its "
-            "default takes examples of dataset('validation'), which must have len() and [i]"
-        ) from error
-
-
-def _check_device(device: str) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"device {device!r} can't be used here: {reason}") from error
 
 
 def allocator(

@@ -6,6 +6,7 @@ from raycompress.quantization.lsq import LSQ
 from raycompress.quantization.naive import NaiveQuantizer
 from raycompress.quantization.qat import QAT
 from raycompress.quantization.quantizer import Bits, Quantization, Quantizer
+from raycompress.quantization.targets import QuantTarget, choices_of, quant_config_list
 
 __all__ = [
     "BNN",
@@ -15,8 +16,11 @@ __all__ = [
     "Bits",
     "DoReFa",
     "NaiveQuantizer",
+    "QuantTarget",
     "Quantization",
     "Quantizer",
+    "choices_of",
+    "quant_config_list",
 ]
 
 QUANTIZERS: dict[str, type[Quantizer]] = {

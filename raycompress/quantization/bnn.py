@@ -127,6 +127,7 @@ class BNN(Quantizer):
     last: Literal["float", "binary"] = "float"
 
     needs_data: ClassVar[bool] = False
+    trains: ClassVar = "yes"
 
     def __post_init__(self) -> None:
         for name, allowed in (("first", ("float", "weights")), ("last", ("float", "binary"))):

@@ -196,6 +196,7 @@ class DoReFa(Quantizer):
     gradient_bits: int = 32
 
     needs_data: ClassVar[bool] = False
+    trains: ClassVar = "yes"
 
     def __post_init__(self) -> None:
         for name in ("weight_bits", "activation_bits", "gradient_bits"):

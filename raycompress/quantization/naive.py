@@ -31,6 +31,7 @@ class NaiveQuantizer(Quantizer):
 
     parts: ClassVar[tuple[str, ...]] = ("weight",)
     needs_data: ClassVar[bool] = False
+    trains: ClassVar = "no"
 
     def __post_init__(self) -> None:
         check_bits("weight_bits", self.weight_bits)

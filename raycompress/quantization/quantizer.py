@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
@@ -13,6 +13,7 @@ from raycompress.errors import ConfigError
 from raycompress.method import TrainingMethod
 from raycompress.plain import from_plain, to_plain
 from raycompress.quantization.layers import QUANTIZED
+from raycompress.task import Task
 
 __all__ = ["Bits", "Quantization", "Quantizer", "check_parts", "default_layers", "inner_layers"]
 
@@ -48,6 +49,8 @@ class Quantizer(ABC):
     """Whether it honours `Bits.start_step`."""
     needs_data: ClassVar[bool] = True
     """Whether it needs calibration data where it isn't trained."""
+    trains: ClassVar[Literal["no", "optional", "yes"]] = "optional"
+    """Whether a model that it prepared is trained; "yes": it computes nothing useful before."""
 
     @abstractmethod
     def choose(self, model: nn.Module) -> dict[str, Bits]:
@@ -71,6 +74,47 @@ class Quantizer(ABC):
         """What happens around the steps of training a prepared model."""
         del model
         return ()
+
+    def quantize(
+        self,
+        model: nn.Module,
+        task: Task,
+        config_list: Iterable[Any] = (),
+        *,
+        epochs: float = 0.0,
+        lr: float | None = None,
+        seed: int = 0,
+        device: str = "cpu",
+    ) -> nn.Module:
+        """Quantizes a copy of a model in this process; needs neither Ray nor a job.
+
+        What comes back computes in float with the numbers that integers would have.
+
+        Args:
+            model: Trained, on the CPU; it is only read.
+            task: Calibrates by its calibration split, and trains with its own loop.
+            config_list: Which layers, their parts and bits: mappings with the keys of
+                `QuantTarget`, or such; empty: as the quantizer chooses.
+            epochs: Passes over the train split; 0: calibrated alone.
+            lr: Peak learning rate; None takes the task's own.
+            seed: Of the order of examples.
+            device: Where it is calibrated and trained.
+
+        Returns:
+            The quantized model, in eval mode, on the CPU. Its state dict has the keys of `model`'s
+            and more.
+
+        Raises:
+            ConfigError: Entries, bits, epochs or device can't be honoured, or there is no data to
+                calibrate by. Nothing was trained then.
+            TaskError: `task` is none, or broke its contract.
+        """
+        # Both import this module.
+        from raycompress.quantization.quantize import quantize
+        from raycompress.quantization.targets import quant_config_list
+
+        targets = quant_config_list(config_list)
+        return quantize(self, model, task, targets, epochs=epochs, lr=lr, seed=seed, device=device)
 
 
 @dataclass(frozen=True)

@@ -61,8 +61,9 @@ class QuantTarget:
                 _check_bits(f"quant_bits.{part}", bits)
         elif self.quant_bits is not None:
             _check_bits("quant_bits", self.quant_bits)
-        if self.quant_start_step is not None and self.quant_start_step < 0:
-            raise ConfigError(f"quant_start_step must be 0 or more, got {self.quant_start_step}")
+        start = self.quant_start_step
+        if start is not None and (type(start) is not int or start < 0):
+            raise ConfigError(f"quant_start_step must be an integer, 0 or more, got {start!r}")
         asked = self.quant_types or self.quant_bits or self.quant_start_step
         if self.exclude and asked:
             raise ConfigError("an entry with exclude can't have quant_types, quant_bits or a start")
@@ -126,7 +127,10 @@ def quant_config_list(
         values: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()
         }
-        targets.append(QuantTarget(**values))
+        try:
+            targets.append(QuantTarget(**values))
+        except ConfigError as error:
+            raise ConfigError(f"config_list[{index}]: {error}") from None
     return tuple(targets)
 
 
