@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from raycompress.errors import ConfigError, TaskError
+from raycompress.quantization.layers import quantized_layers
 
 __all__ = [
     "FakeQuantize",
@@ -275,6 +276,8 @@ def observe_ranges(
 ) -> None:
     """Sets the ranges to the minima and maxima over batches, of the model in float.
 
+    Those of weights stay: they are known without data.
+
     Args:
         model: Its modes stay as they are.
         forward: `forward(model, batch)`.
@@ -293,14 +296,16 @@ def observe_ranges(
         return args[0]
 
     seen: set[nn.Module] = set()
+    weights = {layer.weight_quantizer for layer in quantized_layers(model).values()}
     handles = []
     quantizers = quantizers_of(model)
     modes = [quantizer.training for quantizer in quantizers]
     try:
         for quantizer in quantizers:
             quantizer.eval()
-            if quantizer.dim is None:  # weights have theirs
-                handles.append(quantizer.register_forward_pre_hook(widen))
+            if quantizer.dim is None:
+                if quantizer not in weights:
+                    handles.append(quantizer.register_forward_pre_hook(widen))
                 handles.append(quantizer.register_forward_hook(in_float))
         with torch.no_grad():
             for batch in batches:

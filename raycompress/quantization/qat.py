@@ -72,6 +72,13 @@ class FoldedWeight(FakeQuantize):
             factor = torch.where(factor.abs() > 1e-12, factor, torch.ones_like(factor))
         return factor.view(-1, *[1] * (weight.dim() - 1))
 
+    def range_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """As of any weight; of a grid for all, channels that are 0 whatever they hold have none."""
+        if self.dim is None and self.norm.affine:
+            alive = self.norm.weight.detach() != 0
+            x = x * alive.view(-1, *[1] * (x.dim() - 1))
+        return super().range_of(x)
+
     def forward(self, weight: Tensor) -> Tensor:
         """Weights of one layer, of the same shape."""
         factor = self.factor(weight)

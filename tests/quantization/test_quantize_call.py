@@ -298,6 +298,17 @@ def test_channels_that_a_norm_multiplies_by_zero_fold(per_channel):
     assert (found - expected).abs().max() < 1e-10
 
 
+def test_one_grid_for_a_layer_has_the_range_of_its_folded_weight():
+    model = copy.deepcopy(trained())
+    with torch.no_grad():
+        model.conv1.weight[0] *= 1000  # counts for nothing: its norm multiplies it by 0
+        model.bn1.weight[0] = 0
+    layer = QAT(per_channel=False).quantize(model, TASK).conv1
+    factor = model.bn1.weight / torch.sqrt(model.bn1.running_var + model.bn1.eps)
+    largest = (model.conv1.weight * factor.view(-1, 1, 1, 1)).abs().max()
+    assert torch.allclose(layer.weight_quantizer.scale, largest / 127)
+
+
 def lowered(**fields: Any) -> Lowered:
     return Lowered(
         backend="onnx",
