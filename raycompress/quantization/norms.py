@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from raycompress.errors import StructureError
 from raycompress.quantization.layers import QUANTIZED
 
 __all__ = ["norms_behind"]
@@ -49,6 +50,9 @@ def norms_behind(model: nn.Module, example_inputs: tuple[Any, ...]) -> dict[str,
     Args:
         model: On the CPU; only read.
         example_inputs: Positional arguments.
+
+    Raises:
+        StructureError: The model can't run on them.
     """
     model = copy.deepcopy(model).eval()
     watch = _Watch()
@@ -78,8 +82,13 @@ def norms_behind(model: nn.Module, example_inputs: tuple[Any, ...]) -> dict[str,
             before, after = norm_hooks(name)
             module.register_forward_pre_hook(before)
             module.register_forward_hook(after)
-    with torch.no_grad(), watch:
-        result = model(*example_inputs)
+    try:
+        with torch.no_grad(), watch:
+            result = model(*example_inputs)
+    except Exception as error:  # the model's own, whatever it is
+        raise StructureError(
+            f"the model doesn't run on the example inputs: {type(error).__name__}: {error}"
+        ) from error
     watch.used(result)
     found = {}
     for layer, norms in watch.uses.items():

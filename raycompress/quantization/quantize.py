@@ -44,11 +44,13 @@ def quantize(
     choices = choices_of(model, quantizer, targets, example_inputs)
     how = Quantization.of(quantizer, choices)
     _check_epochs(quantizer, epochs)
-    if lr is not None and not (lr > 0 and math.isfinite(lr)):
-        raise ConfigError(f"lr must be above 0, got {lr!r}")
+    if lr is not None and not (_is_number(lr) and lr > 0):
+        raise ConfigError(f"lr must be a number above 0, got {lr!r}")
     _check_start(task, choices, epochs)
     quantized = copy.deepcopy(model)
     how.prepare(quantized)  # refuses bits that it doesn't have
+    if epochs and not any(parameter.requires_grad for parameter in quantized.parameters()):
+        raise ConfigError(f"epochs {epochs:g}: no parameter of the model requires a gradient")
     _name_floats(model)
     place = torch.device(device)
     quantized.to(place).eval()
@@ -76,10 +78,14 @@ def quantize(
     return quantized.cpu().eval()
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
 def _check_epochs(quantizer: Quantizer, epochs: float) -> None:
     name = type(quantizer).__name__
-    if not (epochs >= 0 and math.isfinite(epochs)):
-        raise ConfigError(f"epochs must be 0 or more, got {epochs!r}")
+    if not (_is_number(epochs) and epochs >= 0):
+        raise ConfigError(f"epochs must be a number, 0 or more, got {epochs!r}")
     if quantizer.trains == "yes" and not epochs:
         raise ConfigError(f"{name} has to be trained: epochs must be above 0, got {epochs:g}")
     if quantizer.trains == "no" and epochs:

@@ -108,6 +108,7 @@ class Quantizer(ABC):
             ConfigError: Entries, bits, epochs or device can't be honoured, or there is no data to
                 calibrate by. Nothing was trained then.
             TaskError: `task` is none, or broke its contract.
+            StructureError: The model can't run on the task's example inputs.
         """
         # Both import this module.
         from raycompress.quantization.quantize import quantize

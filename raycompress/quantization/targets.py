@@ -31,8 +31,8 @@ class QuantTarget:
         op_names_re: Regular expressions that match whole module names; empty: any.
         exclude: Matching layers stay in float.
         quant_types: Parts that are quantized: weight, input, output; empty: the quantizer's own.
-        quant_bits: Bits of all parts, or of each, such as {weight: 8, input: 8}; None: the
-            quantizer's own.
+        quant_bits: Bits of all parts, or of each, such as {weight: 8, input: 8}; 32: float; None:
+            the quantizer's own.
         quant_start_step: Training batches before anything is rounded; None: the quantizer's own.
     """
 
@@ -90,7 +90,8 @@ class QuantTarget:
             if bits is None:
                 raise ConfigError(f"quant_bits: {type(quantizer).__name__} must be told {part}'s")
         start = default.start_step if self.quant_start_step is None else self.quant_start_step
-        return Bits(**values, start_step=start)
+        kept = {part: bits for part, bits in values.items() if bits != 32}
+        return Bits(**kept, start_step=start)
 
 
 def _check_bits(key: str, bits: object) -> None:
@@ -106,7 +107,7 @@ def quant_config_list(
     Raises:
         ConfigError: No list, or an unknown key, with what it may have meant.
     """
-    if isinstance(entries, Mapping | str):
+    if isinstance(entries, Mapping | str) or not isinstance(entries, Iterable):
         raise ConfigError(
             f"config_list must be a list of entries, got {entries!r}; write [{{...}}]"
         )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from raycompress.errors import ConfigError, TaskError, VerificationError
+from raycompress.errors import ConfigError, StructureError, TaskError, VerificationError
 from raycompress.quantization import BNN, LSQ, QAT, DoReFa, NaiveQuantizer
 from raycompress.quantization.fake_quant import quantizers_of
 from raycompress.quantization.layers import quantized_layers
@@ -79,9 +79,11 @@ def test_config_list_is_honoured():
         {"op_types": ["Conv2d"], "quant_bits": {"weight": 3, "input": 5}},
         {"op_names": ["conv2"], "quant_types": ["weight"]},
         {"op_names": ["conv1"], "exclude": True},
+        {"op_names": ["fc"], "quant_bits": {"weight": 8, "input": 32}},  # 32: float
     ]
     layers = quantized_layers(QAT().quantize(trained(), TASK, entries))
-    assert set(layers) == {"conv2", "conv3"}
+    assert set(layers) == {"conv2", "conv3", "fc"}
+    assert layers["fc"].input_quantizer is None and layers["fc"].weight_quantizer.bits == 8
     assert layers["conv2"].input_quantizer is None and layers["conv2"].weight_quantizer.bits == 8
     assert layers["conv3"].input_quantizer.bits == 5
     for channel in layers["conv3"].quantized_weight():
@@ -187,8 +189,10 @@ KINDS = "Linear, Conv1d, Conv2d, Conv3d"
         ),
         (BNN(), [], 0, "BNN has to be trained: epochs must be above 0, got 0"),
         (NaiveQuantizer(), [], 1, "NaiveQuantizer isn't trained: epochs must be 0, got 1"),
-        (QAT(), [], -1, "epochs must be 0 or more, got -1"),
-        (QAT(), [], float("nan"), "epochs must be 0 or more, got nan"),
+        (QAT(), None, 1, "config_list must be a list of entries, got None; write [{...}]"),
+        (QAT(), [], -1, "epochs must be a number, 0 or more, got -1"),
+        (QAT(), [], float("nan"), "epochs must be a number, 0 or more, got nan"),
+        (QAT(), [], "1", "epochs must be a number, 0 or more, got '1'"),
     ],
 )
 def test_errors_come_before_training(quantizer, entries, epochs, text):
@@ -199,7 +203,14 @@ def test_errors_come_before_training(quantizer, entries, epochs, text):
 
 def test_errors_of_the_other_arguments():
     task, model = NoData(), trained()
-    with pytest.raises(ConfigError, match=says("lr must be above 0, got 0")):
+    text = "the model doesn't run on the example inputs: RuntimeError: "
+    with pytest.raises(StructureError, match=text):
+        QAT().quantize(nn.Sequential(nn.Linear(7, 3)), task)
+    frozen = copy.deepcopy(model).requires_grad_(False)
+    text = "epochs 1: no parameter of the model requires a gradient"
+    with pytest.raises(ConfigError, match=says(text)):
+        QAT().quantize(frozen, task, epochs=1)
+    with pytest.raises(ConfigError, match=says("lr must be a number above 0, got 0")):
         QAT().quantize(model, task, epochs=1, lr=0)
     with pytest.raises(ConfigError, match="device 'nowhere' can't be used here: "):
         QAT().quantize(model, task, device="nowhere")
