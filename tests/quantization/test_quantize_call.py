@@ -7,6 +7,9 @@ import logging
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from raycompress.errors import ConfigError, StructureError, TaskError, VerificationError
+from raycompress.method import TrainingMethod, TrainingRun
 from raycompress.quantization import BNN, LSQ, QAT, DoReFa, NaiveQuantizer
 from raycompress.quantization.fake_quant import quantizers_of
 from raycompress.quantization.layers import quantized_layers
@@ -94,6 +98,58 @@ def test_a_delay_ends_within_the_training():
     entries = [{"op_types": ["default"], "quant_start_step": 9}]
     quantized = QAT().quantize(trained(), TASK, entries, epochs=1)  # of 10 steps
     assert all(each.seen == 10 and each.active for each in quantizers_of(quantized))
+
+
+def test_training_runs_within_the_methods_of_the_quantizer():
+    layer = QAT(fold_norms=False).quantize(trained(), TASK, epochs=0.5).conv1
+    largest = layer.weight.detach().abs().amax(dim=(1, 2, 3))  # after the last step
+    assert torch.allclose(layer.weight_quantizer.scale, largest / 127)
+
+
+def test_the_rate_is_that_of_the_training():
+    before = trained().conv1.weight
+    small, own = (
+        (QAT().quantize(trained(), TASK, epochs=0.5, lr=lr).conv1.weight - before).abs().max()
+        for lr in (1e-6, None)
+    )
+    assert 0 < small < 1e-4 < own
+
+
+@dataclass(frozen=True, kw_only=True)
+class Imitate(TrainingMethod):
+    """Trains on the float model's outputs, in place of labels."""
+
+    @contextmanager
+    def around(self, run: TrainingRun) -> Iterator[None]:
+        teacher = run.build("")
+
+        def loss(found: Tensor, batch: Any) -> Tensor:
+            with torch.no_grad():
+                wanted = teacher(batch[0])
+            return nn.functional.mse_loss(found, wanted)
+
+        run.task.loss = loss
+        yield
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distilled(LSQ):
+    """A quantizer of the user's own."""
+
+    def methods(self, model: nn.Module) -> tuple[TrainingMethod, ...]:
+        return (*super().methods(model), Imitate())
+
+
+def test_a_quantizer_of_the_users_own():
+    few = {"weight_bits": 2, "activation_bits": 2}
+    before = Distilled(**few).quantize(trained(), TASK)
+    after = Distilled(**few).quantize(trained(), TASK, epochs=3)
+    other = LSQ(**few).quantize(trained(), TASK, epochs=3)
+    far, near, labels = (
+        (outputs(model) - outputs(trained())).square().mean() for model in (before, after, other)
+    )
+    assert near < far / 2 and near < labels
+    assert "loss" not in vars(TASK)  # what a method replaces is the run's own
 
 
 @pytest.mark.parametrize(
