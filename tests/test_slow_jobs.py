@@ -61,6 +61,14 @@ def keys_and_scores(output):
     return {r["key"]: r["shards"] for r in records}
 
 
+def num_candidates(output):
+    """Looked at so far; a race leaves several records of one."""
+    asked = [dict(record["candidate"]) for record in read_ledger(output / "ledger")]
+    for candidate in asked:
+        candidate.pop("shards", None)
+    return len({json.dumps(candidate, sort_keys=True) for candidate in asked})
+
+
 def num_lines(path):
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
@@ -79,6 +87,7 @@ def test_killed_driver_continues_and_finds_the_same(tmp_path):
         driver.send_signal(signal.SIGKILL)
         driver.wait()
         counts.append(num_lines(part))
+    evaluated = num_candidates(tmp_path / "killed")
     assert counts[-1] < num_lines(whole / "ledger" / part.name), "killed too late to prove anything"
     out = finish("run", job, "--output", str(tmp_path / "killed"), "--json")
     assert keys_and_scores(tmp_path / "killed") == keys_and_scores(whole)
@@ -86,7 +95,7 @@ def test_killed_driver_continues_and_finds_the_same(tmp_path):
     expected = JobResult.from_json((whole / "results/summary.json").read_text())
     assert result.trials[0].counts == expected.trials[0].counts
     assert result.trials[0].weights == expected.trials[0].weights
-    assert result.trials[0].replayed >= counts[-1] - 8
+    assert result.trials[0].replayed >= evaluated - 8
 
 
 def test_stopped_job_says_that_it_can_be_continued(tmp_path):
@@ -195,7 +204,8 @@ def test_submit_follow_stop_and_resume_on_a_cluster_with_a_token(tmp_path, guard
     folder, output = tmp_path / "code", tmp_path / "out"
     for package in ("jobs", "raycompress"):
         shutil.copytree(ROOT / package, folder / package)
-    (folder / "x.yaml").write_text(JOB.replace("iterations: 80", "iterations: 300"))
+    job = JOB.replace("iterations: 80", "iterations: 400").replace("width: 16", "width: 64")
+    (folder / "x.yaml").write_text(job)
     where = ("--working-dir", str(folder), "--output", str(output))
     first = raycompress(
         *("submit", str(folder / "x.yaml"), *where),
@@ -215,7 +225,7 @@ def test_submit_follow_stop_and_resume_on_a_cluster_with_a_token(tmp_path, guard
     out, err = first.communicate(timeout=60)
     assert first.returncode == 75 and "chaos-1 was stopped; continue with" in err
     assert "Search: SimulatedAnnealing-macs40" in out  # it was followed
-    finished = num_lines(part)
+    finished = num_candidates(output)
     assert not (output / "results" / "summary.json").exists()
 
     code, out, err = call("submit", "--resume", "chaos")

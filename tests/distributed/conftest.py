@@ -1,4 +1,4 @@
-"""One Ray for all tests here, and what they need to ask a pool."""
+"""One Ray for the tests of each file here, and what they need to ask a pool."""
 
 from __future__ import annotations
 
@@ -26,9 +26,12 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 FOLDER = str(Path(__file__).parent)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    """8 logical CPUs on whatever cores there are."""
+    """8 logical CPUs on whatever cores there are.
+
+    It goes with its file: heads that other tests start need the ports that it holds.
+    """
     ray.init(
         address="local",
         num_cpus=8,
