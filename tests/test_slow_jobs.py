@@ -204,7 +204,7 @@ def test_submit_follow_stop_and_resume_on_a_cluster_with_a_token(tmp_path, guard
     folder, output = tmp_path / "code", tmp_path / "out"
     for package in ("jobs", "raycompress"):
         shutil.copytree(ROOT / package, folder / package)
-    job = JOB.replace("iterations: 80", "iterations: 400").replace("width: 16", "width: 64")
+    job = JOB.replace("iterations: 80", "iterations: 250").replace("width: 16", "width: 64")
     (folder / "x.yaml").write_text(job)
     where = ("--working-dir", str(folder), "--output", str(output))
     first = raycompress(
