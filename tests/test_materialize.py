@@ -173,10 +173,8 @@ def test_points_of_a_trial_that_failed_can_be_had_as_well(tmp_path, monkeypatch)
 
     def breaks(self, problem):
         search = plain(self, problem)
-        asked = next(search)
-        for _ in range(2):  # the dense model, and the first proposals
-            trials = yield asked
-            asked = search.send(trials)
+        trials = yield next(search)  # the dense model
+        yield search.send(trials)  # the first proposals
         raise RuntimeError("it broke")
 
     job = {**JOB, "pruners": [{"type": "L1Filter"}, JOB["pruners"][0]]}
