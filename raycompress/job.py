@@ -152,6 +152,17 @@ class _Job:
     progress: Progress
     store: WeightStore
 
+    def problem(self, pool: LedgerExecutor, weights: str) -> Problem:
+        """The dense model as what comes before the trials asks about it: no budget, no seed."""
+        return Problem(
+            model=self.plan.model,
+            structure=self.plan.structure,
+            weights=weights,
+            executor=pool,
+            store=self.store,
+            targets=self.plan.config.targets,
+        )
+
     @contextmanager
     def pool(self) -> Iterator[LedgerExecutor]:
         """An executor that writes the job's own part of the ledger."""
@@ -258,14 +269,7 @@ def _sensitivity(job: _Job, pool: LedgerExecutor, weights: str) -> list[Sensitiv
     dense = pool.evaluate([Candidate(weights)])[0]
     if dense.failure is not None:
         raise_failure("evaluating the dense model", dense.failure)
-    problem = Problem(
-        model=plan.model,
-        structure=plan.structure,
-        weights=weights,
-        executor=pool,
-        store=job.store,
-        targets=plan.config.targets,
-    )
+    problem = job.problem(pool, weights)
     rows = plan.sensitivity.run(problem, pool, dense.score)
     folder = plan.output / "results"
     folder.mkdir(parents=True, exist_ok=True)
@@ -301,14 +305,7 @@ def _shared(job: _Job, pool: LedgerExecutor, weights: str) -> None:
             continue
         asked.append(trial.pruner)
         job.progress.stage(f"Probe the model for {type(trial.pruner).__name__}")
-        problem = Problem(
-            model=plan.model,
-            structure=plan.structure,
-            weights=weights,
-            executor=pool,
-            store=job.store,
-            targets=plan.config.targets,
-        )
+        problem = job.problem(pool, weights)
         try:
             run_search(trial.pruner.shared(problem), pool)
         except EvaluationError as error:  # its trials will meet it; the others are sound

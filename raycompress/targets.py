@@ -8,9 +8,9 @@ where they overlap. What matches nothing is an error that names near matches.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -180,15 +180,35 @@ def config_list(entries: Iterable[Mapping[str, Any] | Target]) -> tuple[Target, 
     Raises:
         ConfigError: No list, or an unknown key, with what it may have meant.
     """
-    if isinstance(entries, Mapping | str):
+    return tuple(
+        each if isinstance(each, Target) else Target(**each)
+        for _, each in read_entries(entries, Target)
+    )
+
+
+Entry = TypeVar("Entry")
+
+
+def read_entries(
+    entries: Iterable[Mapping[str, Any] | Entry], kind: type[Entry]
+) -> Iterator[tuple[int, Entry | dict[str, Any]]]:
+    """Entries of a `config_list` with their positions: made ones, or the values of their fields.
+
+    Args:
+        entries: As users write them.
+        kind: A dataclass: what an entry may be, and whose fields its keys are.
+
+    Raises:
+        ConfigError: No list, or an unknown key, with what it may have meant.
+    """
+    if isinstance(entries, Mapping | str) or not isinstance(entries, Iterable):
         raise ConfigError(
             f"config_list must be a list of entries, got {entries!r}; write [{{...}}]"
         )
-    known = [f.name for f in fields(Target)]
-    targets = []
+    known = [f.name for f in fields(kind)]  # type: ignore[arg-type]  # a dataclass
     for index, entry in enumerate(entries):
-        if isinstance(entry, Target):
-            targets.append(entry)
+        if isinstance(entry, kind):
+            yield index, entry
             continue
         if not isinstance(entry, Mapping):
             raise ConfigError(f"config_list[{index}] must be a mapping, got {entry!r}")
@@ -198,11 +218,7 @@ def config_list(entries: Iterable[Mapping[str, Any] | Target]) -> tuple[Target, 
                     f"config_list[{index}]: no key {key!r}{near(key, known)}; "
                     f"allowed: {', '.join(known)}"
                 )
-        values: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()
-        }
-        targets.append(Target(**values))
-    return tuple(targets)
+        yield index, {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}
 
 
 def select_layers(model: nn.Module, targets: Sequence[Target]) -> dict[str, Choice]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import nn
@@ -12,7 +12,7 @@ from raycompress.errors import ConfigError
 from raycompress.quantization.layers import QUANTIZED
 from raycompress.quantization.norms import norms_behind
 from raycompress.quantization.quantizer import Bits, Quantizer, check_parts
-from raycompress.targets import Target
+from raycompress.targets import Target, read_entries
 from raycompress.wording import near
 
 __all__ = ["QuantTarget", "choices_of", "quant_config_list"]
@@ -107,29 +107,13 @@ def quant_config_list(
     Raises:
         ConfigError: No list, or an unknown key, with what it may have meant.
     """
-    if isinstance(entries, Mapping | str) or not isinstance(entries, Iterable):
-        raise ConfigError(
-            f"config_list must be a list of entries, got {entries!r}; write [{{...}}]"
-        )
-    known = [f.name for f in fields(QuantTarget)]
     targets = []
-    for index, entry in enumerate(entries):
+    for index, entry in read_entries(entries, QuantTarget):
         if isinstance(entry, QuantTarget):
             targets.append(entry)
             continue
-        if not isinstance(entry, Mapping):
-            raise ConfigError(f"config_list[{index}] must be a mapping, got {entry!r}")
-        for key in entry:
-            if key not in known:
-                raise ConfigError(
-                    f"config_list[{index}]: no key {key!r}{near(key, known)}; "
-                    f"allowed: {', '.join(known)}"
-                )
-        values: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()
-        }
         try:
-            targets.append(QuantTarget(**values))
+            targets.append(QuantTarget(**entry))
         except ConfigError as error:
             raise ConfigError(f"config_list[{index}]: {error}") from None
     return tuple(targets)
