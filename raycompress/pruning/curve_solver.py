@@ -132,9 +132,12 @@ class CurveSolver(Pruner):
         """Yields all probes at once; then races, first of the solution and uniform widths."""
         fitter = self._fitter(problem)
         curves = yield from self.shared(problem)
-        proposals = [self.solution(fitter, curves), fitter.fit(dict.fromkeys(curves.widths, 1.0))]
+        counts = self.solution(fitter, curves)
+        proposals = [counts, fitter.fit(dict.fromkeys(curves.widths, 1.0))]
         best: Trial | None = None
         for iteration in range(self.iterations + 1):
+            if iteration:
+                proposals = self._propose(problem, fitter, counts, iteration)
             trials = yield Race(
                 tuple(self._candidate(problem, curves.ranking, each) for each in proposals),
                 () if best is None else (best,) * len(proposals),
@@ -143,8 +146,8 @@ class CurveSolver(Pruner):
             for proposed, trial in zip(proposals, trials, strict=True):
                 if trial.judged and (best is None or self._energy(trial) < self._energy(best)):
                     counts, best = proposed, trial
-            proposals = self._propose(problem, fitter, counts, iteration + 1)
-        assert best is not None
+        if best is None:
+            raise EvaluationError(f"every allocation within the budget failed: {trials[0].failure}")
         return best.candidate
 
     def shared(self, problem: Problem) -> Generator[Asked, list[Trial], Curves]:

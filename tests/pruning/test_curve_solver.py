@@ -16,11 +16,11 @@ from sklearn.isotonic import IsotonicRegression
 
 import raycompress
 from raycompress.budget import Allocator, Budget
-from raycompress.errors import BudgetError, ConfigError
+from raycompress.errors import BudgetError, ConfigError, EvaluationError
 from raycompress.ledger import read_ledger
 from raycompress.pruning import CurveSolver
 from raycompress.pruning.curve_solver import Curves, falling
-from raycompress.search import Probes, Race, Ranking, run_search
+from raycompress.search import Probes, Race, Ranking, Trial, run_search
 from raycompress.structure import analyze
 from raycompress.testing import PrunerContract, ToyNet, toy_problem
 
@@ -192,3 +192,19 @@ def test_probes_are_shared_by_all_budgets_of_a_job(tmp_path):
 def test_bad_fields(fields, message):
     with pytest.raises(ConfigError, match=message):
         CurveSolver(**fields)
+
+
+def test_where_all_allocations_fail_the_search_ends_with_the_reason():
+    with tempfile.TemporaryDirectory() as folder:
+        problem, executor = toy_problem(folder, {"macs": "50%"})
+        search = CurveSolver(criterion="l1", iterations=1, neighbours=2).search(problem)
+        asked = search.send(executor.evaluate(list(next(search).candidates)))
+        for _ in range(2):
+            failed = [Trial(candidate, failure="broken") for candidate in asked.candidates]
+            try:
+                asked = search.send(failed)
+            except EvaluationError as error:
+                assert str(error) == "every allocation within the budget failed: broken"
+                break
+        else:
+            pytest.fail("it went on")
