@@ -43,6 +43,7 @@ def test_names_of_quantization_are_pinned():
     assert raycompress.quantization.__all__ == [
         "BNN",
         "LSQ",
+        "PTQ",
         "QAT",
         "QUANTIZERS",
         "Bits",

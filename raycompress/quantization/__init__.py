@@ -4,6 +4,7 @@ from raycompress.quantization.bnn import BNN
 from raycompress.quantization.dorefa import DoReFa
 from raycompress.quantization.lsq import LSQ
 from raycompress.quantization.naive import NaiveQuantizer
+from raycompress.quantization.ptq import PTQ
 from raycompress.quantization.qat import QAT
 from raycompress.quantization.quantizer import Bits, Quantization, Quantizer
 from raycompress.quantization.targets import QuantTarget, choices_of, quant_config_list
@@ -11,6 +12,7 @@ from raycompress.quantization.targets import QuantTarget, choices_of, quant_conf
 __all__ = [
     "BNN",
     "LSQ",
+    "PTQ",
     "QAT",
     "QUANTIZERS",
     "Bits",
@@ -25,6 +27,7 @@ __all__ = [
 
 QUANTIZERS: dict[str, type[Quantizer]] = {
     "Naive": NaiveQuantizer,
+    "PTQ": PTQ,
     "QAT": QAT,
     "DoReFa": DoReFa,
     "BNN": BNN,

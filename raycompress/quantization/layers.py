@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 from torch import Tensor, nn
 
-__all__ = ["QUANTIZED", "QuantizedLayer", "attach", "quantized_layers"]
+__all__ = ["QUANTIZED", "QuantizedLayer", "attach", "in_float", "quantized_layers"]
 
 
 class QuantizedLayer(nn.Module):
@@ -17,6 +21,7 @@ class QuantizedLayer(nn.Module):
     weight_quantizer: nn.Module | None
     input_quantizer: nn.Module | None
     output_quantizer: nn.Module | None
+    float_bias: Tensor
 
     def quantized_weight(self) -> Tensor:
         """The weight that the layer computes with."""
@@ -106,3 +111,27 @@ def attach(
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     """Quantized layers by name."""
     return {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLayer)}
+
+
+@contextmanager
+def in_float(model: nn.Module) -> Iterator[None]:
+    """Meanwhile a prepared model computes as if its layers had no quantizers.
+
+    A layer whose bias was corrected for what quantization does to it has the bias of before, its
+    buffer `float_bias`. Everything is put back.
+    """
+    layers = list(quantized_layers(model).values())
+    kinds = [type(layer) for layer in layers]
+    biases = {layer: layer.bias for layer in layers if "float_bias" in layer._buffers}
+    plain: dict[type, Any] = {quantized: kind for kind, quantized in QUANTIZED.items()}
+    try:
+        for layer, kind in zip(layers, kinds, strict=True):
+            layer.__class__ = plain[kind]
+            if layer in biases:
+                layer.bias = nn.Parameter(layer.float_bias, requires_grad=False)
+        yield
+    finally:
+        for layer, kind in zip(layers, kinds, strict=True):
+            layer.__class__ = kind
+            if layer in biases:
+                layer.bias = biases[layer]

@@ -245,7 +245,7 @@ def _divergence(reference: Tensor, other: Tensor) -> float:
 
 
 OBSERVERS: dict[str, type[Observer]] = {
-    "min_max": MinMax,
+    "minmax": MinMax,
     "percentile": Percentile,
     "mse": LeastSquares,
     "entropy": Entropy,

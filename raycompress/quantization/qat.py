@@ -23,7 +23,7 @@ from raycompress.quantization.layers import attach, quantized_layers
 from raycompress.quantization.naive import weight_quantizer
 from raycompress.quantization.quantizer import Bits, Quantizer, check_parts, default_layers
 
-__all__ = ["QAT", "FoldedWeight", "SettleWeights", "fold_norms"]
+__all__ = ["QAT", "FoldedWeight", "SettleWeights", "attach_grids", "fold_norms"]
 
 
 class FoldedWeight(FakeQuantize):
@@ -160,28 +160,7 @@ class QAT(Quantizer):
     def prepare(self, model: nn.Module, choices: Mapping[str, Bits]) -> None:
         """Gives the chosen layers grids; those of inputs and outputs wait for data."""
         check_parts(self, choices)
-        for name, bits in choices.items():
-            layer = model.get_submodule(name)
-            weight = layer.get_parameter("weight")
-            made: FakeQuantize | None = None
-            if bits.weight is not None and bits.norm and self.fold_norms:
-                norm = model.get_submodule(bits.norm)
-                made = FoldedWeight(name, norm, bits.weight, self.per_channel, bits.start_step)
-                made.settle(weight)
-            elif bits.weight is not None:
-                made = weight_quantizer(name, weight, bits.weight, self.per_channel)
-                made.start_step = bits.start_step
-            attach(
-                layer,
-                weight=made,
-                input=self._activations(f"the input of {name!r}", bits.input, bits.start_step),
-                output=self._activations(f"the output of {name!r}", bits.output, bits.start_step),
-            )
-
-    def _activations(self, name: str, bits: int | None, start_step: int) -> FakeQuantize | None:
-        if bits is None:
-            return None
-        return FakeQuantize(name, bits, symmetric=False, decay=self.decay, start_step=start_step)
+        attach_grids(model, choices, self.per_channel, self.fold_norms, self.decay)
 
     def calibrate(
         self, model: nn.Module, forward: Callable[[nn.Module, Any], Any], batches: Iterable[Any]
@@ -192,6 +171,47 @@ class QAT(Quantizer):
     def methods(self, model: nn.Module) -> tuple[TrainingMethod, ...]:
         """The last step's weights set the ranges too."""
         return (SettleWeights(),)
+
+
+def attach_grids(
+    model: nn.Module,
+    choices: Mapping[str, Bits],
+    per_channel: bool,
+    fold_norms: bool,
+    decay: float = 0.0,
+) -> None:
+    """Gives layers grids of their weights, and such of inputs and outputs that wait for data.
+
+    Args:
+        model: In place.
+        choices: By the layer's name.
+        per_channel: A scale for each output channel of weights.
+        fold_norms: Of weights as they are with the BatchNorm behind them folded in.
+        decay: Of the exponential means of ranges of inputs and outputs.
+    """
+
+    def activations(name: str, bits: int | None, start_step: int) -> FakeQuantize | None:
+        if bits is None:
+            return None
+        return FakeQuantize(name, bits, symmetric=False, decay=decay, start_step=start_step)
+
+    for name, bits in choices.items():
+        layer = model.get_submodule(name)
+        weight = layer.get_parameter("weight")
+        made: FakeQuantize | None = None
+        if bits.weight is not None and bits.norm and fold_norms:
+            norm = model.get_submodule(bits.norm)
+            made = FoldedWeight(name, norm, bits.weight, per_channel, bits.start_step)
+            made.settle(weight)
+        elif bits.weight is not None:
+            made = weight_quantizer(name, weight, bits.weight, per_channel)
+            made.start_step = bits.start_step
+        attach(
+            layer,
+            weight=made,
+            input=activations(f"the input of {name!r}", bits.input, bits.start_step),
+            output=activations(f"the output of {name!r}", bits.output, bits.start_step),
+        )
 
 
 def fold_norms(model: nn.Module) -> nn.Module:

@@ -2,12 +2,16 @@
 
 from typing import ClassVar
 
-from raycompress.quantization import BNN, LSQ, QAT, DoReFa, NaiveQuantizer
+from raycompress.quantization import BNN, LSQ, PTQ, QAT, DoReFa, NaiveQuantizer
 from raycompress.testing import QuantizerContract
 
 
 class TestNaive(QuantizerContract):
     quantizer: ClassVar = NaiveQuantizer()
+
+
+class TestPTQ(QuantizerContract):
+    quantizer: ClassVar = PTQ()
 
 
 class TestQAT(QuantizerContract):
