@@ -169,7 +169,7 @@ def sensitivity(
         from raycompress.config import SensitivityConfig
 
         sensitivity = config.sensitivity or SensitivityConfig()
-        config = replace(config, sensitivity=sensitivity, pruners=(), tune=None)
+        config = replace(config, sensitivity=sensitivity, pruners=(), tune=None, quantize=None)
         _run(config, json, quiet, changed)
 
     _with_job(action, job, set_, output, debug)
@@ -198,6 +198,11 @@ def validate(job: Job, set_: Set = None, output: Output = None, debug: Debug = F
         for study in plan.studies:
             budget = "" if study.budget is None else f" (keep {study.budget})"
             print(f"study   {study.name}{budget}: {study.describe()}")
+        if (quantize := plan.quantize) is not None:
+            num = len(quantize.how.choices)
+            print(f"then    {quantize.name} of {num} layers, lowered to {quantize.section.lower}")
+            if quantize.floats:
+                print(f"        in float: {', '.join(quantize.floats)}")
         print(f"output  {plan.output}")
 
     _with_job(action, job, set_, output, debug)

@@ -327,6 +327,9 @@ class JobConfig:
         reconstruct: Let the layers of each winner imitate the dense ones by least squares on
             calibration data, before it is fine-tuned.
         recover: Fine-tune each winner; None: no.
+        quantize: Quantize each final model (without pruners: the dense one) and bring it to a
+            backend: a mapping with `type` (a name of raycompress.quantization, or an import path),
+            the quantizer's own keys, and those of `QuantizeSection`; None: no.
         evaluation: How candidates are evaluated.
         latency: How latency is measured.
         cluster: Where the work runs.
@@ -348,6 +351,7 @@ class JobConfig:
     seeds: tuple[int, ...] = (0,)
     reconstruct: bool = False
     recover: RecoverConfig | None = None
+    quantize: dict[str, Any] | None = None
     evaluation: Evaluation = field(default_factory=Evaluation)
     latency: LatencyConfig = LatencyConfig()
     cluster: ClusterConfig = ClusterConfig()
@@ -358,8 +362,8 @@ class JobConfig:
         bad = set(self.name) & set('/\\:*?"<>|') or not self.name.isprintable()
         if not self.name.strip() or bad or self.name.startswith(".") or len(self.name) > 100:
             raise ConfigError(f"name must be usable as a folder's name, got {self.name!r}")
-        if not self.pruners and self.sensitivity is None:
-            raise ConfigError("a job needs pruners, or sensitivity, or both")
+        if not self.pruners and self.sensitivity is None and self.quantize is None:
+            raise ConfigError("a job needs pruners, sensitivity or quantize")
         if not self.seeds:
             raise ConfigError("seeds must not be empty")
         if len(set(self.seeds)) < len(self.seeds):

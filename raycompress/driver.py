@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from raycompress.config import JobConfig
-from raycompress.errors import InterruptedJob
+from raycompress.errors import ConfigError, InterruptedJob
 from raycompress.executor import LedgerExecutor
 from raycompress.job import Backend, LocalBackend, run_job
 from raycompress.ledger import Ledger, read_ledger
@@ -175,6 +175,8 @@ def run(
 
 def _run(plan: Plan, progress: Progress, stack: ExitStack) -> JobResult:
     config = plan.config
+    if plan.quantize is not None:
+        raise ConfigError("quantize: jobs only check this section so far; use Quantizer.quantize")
     keep_job(config, plan.output)
     kept = len(read_ledger(plan.output / "ledger"))
     if kept:

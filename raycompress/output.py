@@ -23,6 +23,8 @@ __all__ = ["check_changes", "keep_job", "lock"]
 
 LISTS = ("pruners", "budgets", "seeds")
 """Keys whose lists may grow: what was found for the entries that stay is still true."""
+OPTIONAL = (("sensitivity",), ("quantize",))
+"""Keys that may come and go: what they add is beside what was found."""
 FREE = (("tune", "num_samples"), ("tune", "keep"))
 """Keys that say how much of the same is done."""
 
@@ -66,7 +68,7 @@ def check_changes(config: JobConfig, output: Path) -> None:
     """Refuses to mix two jobs in one output.
 
     The same job continues. So does one that asks for more pruners, budgets, seeds or samples, and
-    with or without a sensitivity analysis; where and how it runs may change as well.
+    with or without a sensitivity analysis or quantization; where and how it runs may change.
 
     Raises:
         ConfigError: With each key that changed, its old and its new value.
@@ -106,7 +108,7 @@ def _whole(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _changes(old: object, new: object, path: KeyPath) -> Iterator[str]:
-    if old == new or path in FREE or (path == ("sensitivity",) and None in (old, new)):
+    if old == new or path in FREE or (path in OPTIONAL and None in (old, new)):
         return
     if isinstance(old, dict) and isinstance(new, dict):
         for key in {**old, **new}:

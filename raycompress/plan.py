@@ -24,6 +24,7 @@ from raycompress.hiding import hidden
 from raycompress.importing import resolve, resolve_function
 from raycompress.loading import build_pruner
 from raycompress.pruning.pruner import Problem, Pruner
+from raycompress.quantize_plan import QuantizePlan, plan_quantize
 from raycompress.search import Ranking, Trial
 from raycompress.structure import Structure, analyze
 from raycompress.task import Split, Task, check_task
@@ -123,6 +124,7 @@ class Plan:
         studies: In the order of the job; where there are any, their samples are the trials.
         checked: Trials that were tried before anything started: all, and the corners of spaces.
         output: Absolute folder of everything that the job writes.
+        quantize: How final models are quantized, if they are.
     """
 
     config: JobConfig
@@ -134,6 +136,7 @@ class Plan:
     studies: tuple[StudyPlan, ...]
     checked: tuple[TrialPlan, ...]
     output: Path
+    quantize: QuantizePlan | None = None
 
 
 class _Nobody:
@@ -215,6 +218,7 @@ def prepare(config: JobConfig) -> Plan:
         studies=studies,
         checked=_corners(config) if config.sampled else trials,
         output=output,
+        quantize=plan_quantize(config, model, task),
     )
     if config.recover is not None and config.recover.distill is not None:
         _check_features(model, config.recover.distill.features)

@@ -15,6 +15,8 @@ import raycompress.pruning
 from raycompress.budget import RESOURCES
 from raycompress.config import JobConfig
 from raycompress.pruning import Pruner
+from raycompress.quantization import QUANTIZERS
+from raycompress.quantize_section import QuantizeSection
 from raycompress.tuning.spaces import WORDS
 
 __all__ = ["field_docs", "json_schema", "pruner_types"]
@@ -100,6 +102,7 @@ def json_schema() -> dict[str, Any]:
         }
     )
     schema["properties"]["pruners"]["items"] = {"anyOf": entries}
+    schema["properties"]["quantize"] = _quantize(definitions)
     schema["properties"]["budgets"]["items"] = {
         "type": "object",
         "properties": {
@@ -115,6 +118,38 @@ def json_schema() -> dict[str, Any]:
         "minProperties": 1,
     }
     return schema
+
+
+def _quantize(definitions: dict[str, Any]) -> dict[str, Any]:
+    """One mapping for each quantizer: its own keys beside those of the section."""
+    section = pydantic.TypeAdapter(QuantizeSection).json_schema()
+    inner = section.pop("$defs", {})
+    for hint in _dataclasses_in(QuantizeSection):
+        _finish(inner[hint.__name__], hint)
+    definitions.update(inner)
+    _finish(section, QuantizeSection)
+    entries: list[dict[str, Any]] = []
+    for name, cls in QUANTIZERS.items():
+        own = pydantic.TypeAdapter(cls).json_schema()
+        own["properties"] = {"type": {"const": name}, **own.get("properties", {})}
+        own["required"] = ["type", *own.get("required", [])]
+        _finish(own, cls)
+        own["properties"] |= section["properties"]
+        definitions[name] = own
+        entries.append({"$ref": f"#/$defs/{name}"})
+    entries.append(
+        {
+            "type": "object",
+            "title": "A quantizer of your own",
+            "properties": {
+                "type": {"pattern": r"^[\w.]+:[\w.]+$", "description": "package.module:Class"},
+                **section["properties"],
+            },
+            "required": ["type"],
+        }
+    )
+    description = field_docs(JobConfig)["quantize"]
+    return {"description": description, "default": None, "anyOf": [*entries, {"type": "null"}]}
 
 
 def _pruner(cls: type, name: str) -> dict[str, Any]:

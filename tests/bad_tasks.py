@@ -54,3 +54,18 @@ class WrongInputs(ToyTask):
 class LossForEachExample(ToyTask):
     def loss(self, outputs, batch):
         return outputs.sum(1)
+
+
+class RecurrentNet(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm = torch.nn.LSTM(6, 8, batch_first=True)
+        self.head = torch.nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.lstm(x.flatten(1, 2))[0][:, -1])
+
+
+class Recurrent(ToyTask):
+    def build_model(self):
+        return RecurrentNet()

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from raycompress.cli import app
 from raycompress.criteria import CRITERIA
+from raycompress.quantization.lowering import BACKENDS
 
 HERE = Path(__file__).parent
 BASE = """\
@@ -193,7 +194,7 @@ CASES = {
         [("pruners:\n  - {type: L1Filter}\n", "")],
         "",
         [],
-        "FILE: a job needs pruners, or sensitivity, or both",
+        "FILE: a job needs pruners, sensitivity or quantize",
     ),
     "no weights file": (
         [],
@@ -437,6 +438,83 @@ CASES = {
         [],
         "FILE, line 8: tracking.registered_model must be a name that MLflow takes, "
         "without '/' and ':', got 'a/b'",
+    ),
+    "unknown quantizer": (
+        [],
+        "quantize: {type: LSG}\n",
+        [],
+        "FILE, line 9: quantize.type: no quantizer 'LSG'; did you mean 'LSQ'?",
+    ),
+    "bits out of range": (
+        [],
+        "quantize:\n  type: QAT\n  config_list: [{op_types: [Conv2d], quant_bits: 12}]\n",
+        [],
+        "FILE, line 11: quantize.config_list[0].quant_bits must be between 1 and 8 (32: float), "
+        "got 12",
+    ),
+    "bits that a quantizer doesn't have": (
+        [],
+        "quantize: {type: QAT, lower: none, config_list: [{op_names: [conv1], quant_bits: 1}]}\n",
+        [],
+        "FILE, line 9: quantize: bits of the weight of 'conv1' must be an integer between 2 and 8, "
+        "got 1; BNN and DoReFa have one bit",
+    ),
+    "quantized layer that isn't there": (
+        [],
+        "quantize: {type: QAT, lower: none, config_list: [{op_names: [conv9]}]}\n",
+        [],
+        "FILE, line 9: quantize.config_list[0].op_names: no layer 'conv9'; did you mean 'conv3' or "
+        "'conv2' or 'conv1'?",
+    ),
+    "everything stays in float": (
+        [],
+        "quantize: {type: QAT, lower: none, config_list: [{op_types: [default], exclude: true}]}\n",
+        [],
+        "FILE, line 9: quantize.config_list excludes every layer that could be quantized",
+    ),
+    "layer type that can't be quantized": (
+        [(TASK, "bad_tasks:Recurrent")],
+        "quantize: {type: QAT, lower: none, config_list: [{op_types: [LSTM]}]}\n",
+        [],
+        "FILE, line 9: quantize.config_list[0].op_types: LSTM can't be quantized; those that can "
+        "are Linear, Conv1d, Conv2d, Conv3d",
+    ),
+    "part that a quantizer leaves in float": (
+        [],
+        "quantize: {type: Naive, lower: none, config_list: "
+        "[{op_names: [conv1], quant_bits: {input: 8}}]}\n",
+        [],
+        "FILE, line 9: quantize: NaiveQuantizer quantizes no input, got 8 bits: conv1; quant_types "
+        "may be weight",
+    ),
+    "quantizer that must be trained": (
+        [],
+        "quantize: {type: DoReFa, lower: none}\n",
+        [],
+        "FILE, line 9: quantize.training is missing: DoReFa computes nothing useful before it is "
+        "trained; give training: {epochs: 3}",
+    ),
+    "quantizer that isn't trained": (
+        [],
+        "quantize: {type: Naive, lower: none, training: {epochs: 2}}\n",
+        [],
+        "FILE, line 9: quantize.training must be left out: NaiveQuantizer isn't trained, got "
+        "epochs 2; QAT and LSQ are",
+    ),
+    "start beyond the training": (
+        [],
+        "quantize: {type: QAT, lower: none, training: {epochs: 1}, config_list: "
+        "[{op_names: [conv1], quant_start_step: 1000}]}\n",
+        [],
+        "FILE, line 9: quantize: quant_start_step 1000 of 'conv1' is beyond the "
+        "training, which has 3 steps; train longer or start earlier",
+    ),
+    "unknown backend": (
+        [],
+        "quantize: {type: QAT, lower: tflite}\n",
+        [],
+        f"FILE, line 9: quantize.lower must be one of {', '.join((*BACKENDS, 'none'))}, got "
+        "'tflite'",
     ),
 }
 

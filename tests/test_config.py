@@ -13,6 +13,7 @@ from raycompress.errors import ConfigError
 from raycompress.importing import resolve
 from raycompress.loading import (
     build_pruner,
+    build_quantizer,
     dump_job,
     job_key,
     json_schema,
@@ -21,6 +22,8 @@ from raycompress.loading import (
     pruner_types,
 )
 from raycompress.pruning import L1Filter, Pruner, SimulatedAnnealing
+from raycompress.quantization import QAT, QUANTIZERS, QuantTarget
+from raycompress.quantize_section import QuantizeSection
 from raycompress.source import Source
 from raycompress.task import Task
 
@@ -246,6 +249,74 @@ def test_resolve_says_what_is_wrong_with_a_users_module(write):
         resolve("mine_pruner:Min", Pruner)
 
 
+QUANTIZE = """\
+quantize:
+  type: QAT
+  per_channel: false
+  config_list:
+    - {op_types: [Conv2d], quant_bits: {weight: 8, input: 8}, quant_start_step: 5}
+  training: {epochs: 3, lr: 1e-3}
+  lower: none
+"""
+
+
+def test_quantize_holds_the_keys_of_the_section_and_of_the_quantizer(write):
+    job = load_job(write(JOB + QUANTIZE))
+    assert build_quantizer(job.quantize) == (
+        QAT(per_channel=False),
+        QuantizeSection(
+            config_list=(
+                QuantTarget(
+                    op_types=("Conv2d",),
+                    quant_bits={"weight": 8, "input": 8},
+                    quant_start_step=5,
+                ),
+            ),
+            training=TrainingConfig(epochs=3.0, lr=0.001),
+            lower="none",
+        ),
+    )
+    assert load_job(write(dump_job(job), "dumped.yaml")) == job
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        (
+            "type: QAT",
+            "type: QAD",
+            "line 12: quantize.type: no quantizer 'QAD'; did you",
+        ),
+        ("type: QAT", "type: os:getcwd", "line 12: quantize.type: 'os:getcwd' is an object of"),
+        ("type: QAT", "batches: 8", "line 11: quantize.type must be one of Naive, QAT, "),
+        (
+            "per_channel",
+            "per_chanel",
+            "line 13: quantize.per_chanel is no key of QAT; did",
+        ),
+        ("epochs: 3", "epochs: 0", "line 16: quantize.training.epochs must be above 0, got 0"),
+        ("lower: none", "batches: 0", "line 17: quantize.batches must be at least 1, got 0"),
+        ("weight: 8", "weigth: 8", "line 15: quantize.config_list[0].quant_bits: no part 'weigth'"),
+        ("step: 5", "step: -5", "line 15: quantize.config_list[0].quant_start_step must be an"),
+        ("quant_bits: {", "quant_bit: {", "line 15: quantize.config_list[0].quant_bit is no key"),
+    ],
+)
+def test_a_wrong_quantize_is_named(write, old, new, expected):
+    text = JOB + QUANTIZE
+    assert old in text
+    (error,) = errors_of(write(text.replace(old, new)))
+    assert error.startswith(f"job.yaml, {expected}"), error
+
+
+def test_job_key_of_quantization(write):
+    plain = job_key(load_job(write(JOB)))
+    path = write(JOB + QUANTIZE)
+    key = job_key(load_job(path))
+    assert job_key(load_job(path, ["quantize.batches=8"])) == key != plain
+    assert job_key(load_job(path, ["quantize.batches=4"])) not in (key, plain)
+    assert job_key(load_job(path, ["quantize.per_channel=true"])) not in (key, plain)
+
+
 def test_job_key_is_of_what_determines_results(write):
     path = write(JOB)
     key = job_key(load_job(path))
@@ -269,6 +340,19 @@ def test_schema_describes_every_key_and_each_pruner():
         assert definition["properties"]["type"] == {"const": name}
         for field in dataclasses.fields(cls):
             assert definition["properties"][field.name]["description"]
+
+
+def test_schema_describes_the_keys_of_each_quantizer():
+    schema = json_schema()
+    entries = schema["properties"]["quantize"]["anyOf"]
+    assert len(entries) == len(QUANTIZERS) + 2  # one's own, and none
+    for name, cls in QUANTIZERS.items():
+        assert {"$ref": f"#/$defs/{name}"} in entries
+        definition = schema["$defs"][name]
+        assert definition["additionalProperties"] is False
+        for field in (*dataclasses.fields(cls), *dataclasses.fields(QuantizeSection)):
+            assert definition["properties"][field.name]["description"]
+    assert "quant_bits" in schema["$defs"]["QuantTarget"]["properties"]
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("jobs/*.yaml")), ids=lambda path: path.name)

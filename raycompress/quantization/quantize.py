@@ -21,7 +21,7 @@ from raycompress.structure import analyze
 from raycompress.task import Task, check_device, check_instance, example_inputs_of
 from raycompress.weights import Weights
 
-__all__ = ["quantize"]
+__all__ = ["check_start", "float_layers", "quantize"]
 
 _log = logging.getLogger(__name__)
 
@@ -46,12 +46,13 @@ def quantize(
     _check_epochs(quantizer, epochs)
     if lr is not None and not (_is_number(lr) and lr > 0):
         raise ConfigError(f"lr must be a number above 0, got {lr!r}")
-    _check_start(task, choices, epochs)
+    check_start(task, choices, epochs)
     quantized = copy.deepcopy(model)
     how.prepare(quantized)  # refuses bits that it doesn't have
     if epochs and not any(parameter.requires_grad for parameter in quantized.parameters()):
         raise ConfigError(f"epochs {epochs:g}: no parameter of the model requires a gradient")
-    _name_floats(model)
+    if names := float_layers(model):
+        _log.warning("in float, since their types can't be quantized: %s", ", ".join(names))
     place = torch.device(device)
     quantized.to(place).eval()
     if quantizer.needs_data:
@@ -92,7 +93,7 @@ def _check_epochs(quantizer: Quantizer, epochs: float) -> None:
         raise ConfigError(f"{name} isn't trained: epochs must be 0, got {epochs:g}")
 
 
-def _check_start(task: Task, choices: Mapping[str, Bits], epochs: float) -> None:
+def check_start(task: Task, choices: Mapping[str, Bits], epochs: float) -> None:
     """Raises a ConfigError for a layer that would be rounded in none of the training's steps."""
     if not any(bits.start_step for bits in choices.values()):
         return
@@ -117,13 +118,11 @@ def _calibration(task: Task, number: int, device: torch.device) -> list[Any]:
         ) from error
 
 
-def _name_floats(model: nn.Module) -> None:
-    """Warns of layers whose weights stay in float since their type can't be quantized."""
-    names = [
+def float_layers(model: nn.Module) -> list[str]:
+    """Layers, with their types, whose weights stay in float since their type can't be quantized."""
+    return [
         f"{name!r} ({type(module).__name__})"
         for name, module in model.named_modules()
         if type(module) not in QUANTIZED
         and any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
     ]
-    if names:
-        _log.warning("in float, since their types can't be quantized: %s", ", ".join(names))

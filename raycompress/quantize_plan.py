@@ -1,0 +1,115 @@
+"""The job's `quantize` section: its keys, and what is checked before anything starts."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from raycompress.config import JobConfig, TrainingConfig
+from raycompress.errors import ConfigError
+from raycompress.loading import build_quantizer
+from raycompress.quantization import Bits, Quantization, Quantizer, choices_of
+from raycompress.quantization.lowering import lowering
+from raycompress.quantization.quantize import check_start, float_layers
+from raycompress.quantize_section import QuantizeSection
+from raycompress.search import Training
+from raycompress.task import Task
+
+__all__ = ["INTEGERS", "QuantizePlan", "plan_quantize"]
+
+INTEGERS = ("onnx", "inductor")
+"""Backends that compute in integers: in 8 bits, and in no other number of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizePlan:
+    """How a job quantizes, checked against its model.
+
+    Attributes:
+        how: The quantizer, the bits of each layer, and how many batches calibrate.
+        section: The rest of what the job says.
+        floats: Layers with weights that stay in float since their type can't be quantized.
+    """
+
+    how: Quantization
+    section: QuantizeSection
+    floats: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Of the quantizer, for people."""
+        return type(self.how.quantizer).__name__
+
+    def training(self, seed: int) -> Training:
+        """Of a prepared and calibrated model; of no epochs if it is calibrated alone."""
+        training = self.section.training
+        if training is None:
+            return Training(0.0, None, seed)
+        return Training(training.epochs, training.lr, seed)
+
+
+def plan_quantize(config: JobConfig, model: nn.Module, task: Task) -> QuantizePlan | None:
+    """Checks a job's `quantize` against its dense model; None where there is none.
+
+    Args:
+        config: The job.
+        model: Dense, on the CPU; it is only read.
+        task: Has been checked.
+
+    Raises:
+        ConfigError: With the key, its value and what is allowed.
+    """
+    if config.quantize is None:
+        return None
+    quantizer, section = build_quantizer(config.quantize, "quantize")
+    _check_training(quantizer, section.training)
+    if section.lower != "none":
+        lowering(section.lower, "quantize.lower")
+    try:
+        choices = choices_of(model, quantizer, section.config_list, task.example_inputs())
+        epochs = 0.0 if section.training is None else section.training.epochs
+        check_start(task, choices, epochs)
+        # Refuses bits that it doesn't have.
+        quantizer.prepare(copy.deepcopy(model), choices)
+    except ConfigError as error:
+        glue = "." if str(error).startswith("config_list") else ": "
+        raise ConfigError(f"quantize{glue}{error}") from error
+    if section.lower in INTEGERS:
+        _check_kernels(section.lower, quantizer, choices)
+    how = Quantization.of(quantizer, choices, section.batches)
+    return QuantizePlan(how=how, section=section, floats=tuple(float_layers(model)))
+
+
+def _check_training(quantizer: Quantizer, training: TrainingConfig | None) -> None:
+    name = type(quantizer).__name__
+    if quantizer.trains == "yes" and training is None:
+        raise ConfigError(
+            f"quantize.training is missing: {name} computes nothing useful before it is trained; "
+            "give training: {epochs: 3}"
+        )
+    if quantizer.trains == "no" and training is not None:
+        raise ConfigError(
+            f"quantize.training must be left out: {name} isn't trained, got epochs "
+            f"{training.epochs:g}; QAT and LSQ are"
+        )
+
+
+def _check_kernels(backend: str, quantizer: Quantizer, choices: Mapping[str, Bits]) -> None:
+    """Raises a ConfigError for what a backend that computes in integers has no kernel for."""
+    hint = "lower: packed stores any number of bits, and runs in simulation"
+    for name, bits in choices.items():
+        for part in ("weight", "input", "output"):
+            value = getattr(bits, part)
+            if value not in (None, 8):
+                raise ConfigError(
+                    f"quantize.lower: {backend} computes in 8 bits, and the {part} of {name!r} "
+                    f"has {value}; {hint}"
+                )
+    if not any(bits.weight and bits.input for bits in choices.values()):
+        raise ConfigError(
+            f"quantize.lower: {backend} computes in integers where weight and input have 8 bits, "
+            f"and {type(quantizer).__name__} leaves one of the two in float in every layer; {hint}"
+        )
