@@ -11,9 +11,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from raycompress.pareto import Point
+from raycompress.quantization.layer_errors import LayerError
 from raycompress.results import JobResult, TrialResult
 
-__all__ = ["allocation_figure", "pareto_figure", "search_figure", "sensitivity_figure"]
+__all__ = [
+    "allocation_figure",
+    "pareto_figure",
+    "quantization_figure",
+    "search_figure",
+    "sensitivity_figure",
+]
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
 """Okabe and Ito's palette, which colour-blind readers tell apart."""
@@ -134,6 +141,32 @@ def search_figure(result: JobResult) -> Figure:
     axes.set_xlabel("cost in dense-forward equivalents")
     axes.set_ylabel("validation loss before recovery (line: best so far)")
     axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def quantization_figure(rows: Sequence[LayerError]) -> Figure:
+    """What rounding does to each layer: ratios of signal to noise, in dB."""
+    figure, axes = _axes(8, 1.9 + 0.22 * len(rows), "Quantization: signal to noise of each layer")
+    parts = (
+        ("weight_sqnr", "weight", "s"),
+        ("input_sqnr", "input", "^"),
+        ("output_sqnr", "output, this layer alone quantized", "o"),
+        ("chain_sqnr", "output, all layers quantized", "D"),
+    )
+    for (part, label, marker), colour in zip(parts, COLOURS, strict=False):
+        known = [(getattr(row, part), y) for y, row in enumerate(rows)]
+        known = [(x, y) for x, y in known if x is not None and np.isfinite(x)]
+        if known:
+            x, y = zip(*known, strict=True)
+            axes.plot(x, y, marker, color=colour, label=label, markersize=5, alpha=0.8)
+    names = [f"{row.layer} (W{row.weight_bits or '-'} A{row.input_bits or '-'})" for row in rows]
+    axes.set_yticks(range(len(rows)), names, fontsize=8)
+    axes.invert_yaxis()
+    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.set_xlabel("SQNR in dB: 6 dB more are one bit more")
+    if axes.lines:
+        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     return figure
 
 
