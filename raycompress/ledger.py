@@ -2,7 +2,8 @@
 
 Every finished unit is on disk before a search uses it; a restarted job replays its search, and the
 ledger answers at once what was finished before. One folder holds a part for each writer
-(`<part>.jsonl`), and every reader reads them all.
+(`<part>.jsonl`; in an object store, where nothing can be appended, an object for each commit), and
+every reader reads them all.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from raycompress.errors import RaycompressError
+from raycompress.storage import ObjectPath, Place, Segments, place_of, read_all
 
 __all__ = ["Ledger", "read_ledger"]
 
@@ -25,48 +27,48 @@ COMMIT_SECONDS = 1.0
 """Longest that a finished unit waits for its fsync while others come in; a group shares one."""
 
 
-def _records(path: Path) -> Iterator[tuple[Record, int]]:
+def _records(lines: Iterable[bytes], place: Place) -> Iterator[tuple[Record, int]]:
     """Each whole record of a part, and the offset at which it ends."""
+    end = 0
+    for line in lines:
+        if not line.endswith(b"\n"):
+            return  # the tail that a crash tore
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise RaycompressError(
+                f"ledger {place} is damaged at byte {end}: {error}; "
+                "move the file away to evaluate its records again"
+            ) from error
+        end += len(line)
+        yield record, end
+
+
+def _part(path: Path) -> Iterator[tuple[Record, int]]:
     with path.open("rb") as file:
-        end = 0
-        for line in file:
-            if not line.endswith(b"\n"):
-                return  # the tail that a crash tore
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise RaycompressError(
-                    f"ledger {path} is damaged at byte {end}: {error}; "
-                    "move the file away to evaluate its records again"
-                ) from error
-            end += len(line)
-            yield record, end
+        yield from _records(file, path)
 
 
-def read_ledger(folder: str | Path) -> list[Record]:
+def read_ledger(folder: str | Path | ObjectPath) -> list[Record]:
     """All whole records below a ledger folder, in order of part name, then of writing."""
-    paths = sorted(Path(folder).glob("*.jsonl"))
-    return [record for path in paths for record, _ in _records(path)]
+    place = place_of(folder)
+    if isinstance(place, ObjectPath):
+        objects = place.objects(".jsonl")
+        parts = zip(objects, read_all(objects), strict=True)
+        return [
+            record
+            for each, data in parts
+            for record, _ in _records(data.splitlines(keepends=True), each)
+        ]
+    return [record for path in sorted(place.glob("*.jsonl")) for record, _ in _part(path)]
 
 
-class Ledger:
-    """Finished work by key; a context manager that holds its own part's lock.
+class _File:
+    """A part on a file system: appended to, under a lock."""
 
-    Args:
-        folder: The ledger's folder, made if it is not there.
-        part: Name of the part that this writer appends to. One writer at a time: another process's
-            lock is waited for, since an orphan of a killed job ends within seconds.
-        patience: Seconds to wait for it.
-
-    Raises:
-        RaycompressError: The part is still locked, or damaged.
-    """
-
-    def __init__(self, folder: str | Path, part: str, *, patience: float = 30.0) -> None:
-        self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.path = self.folder / f"{part}.jsonl"
-        self._file = self.path.open("ab")
+    def __init__(self, path: Path, patience: float) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("ab")
         deadline = time.monotonic() + patience
         while True:
             try:
@@ -76,11 +78,50 @@ class Ledger:
                 if time.monotonic() > deadline:
                     self._file.close()
                     raise RaycompressError(
-                        f"ledger {self.path} is being written by another process"
+                        f"ledger {path} is being written by another process"
                     ) from error
                 time.sleep(0.1)
+        self._file.truncate(max((end for _, end in _part(path)), default=0))
+
+    def write(self, data: bytes) -> None:
+        """Outlives this process at once."""
+        self._file.write(data)
+        self._file.flush()
+
+    def commit(self) -> None:
+        """Outlives the machine."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Releases the lock."""
+        self._file.close()
+
+
+class Ledger:
+    """Finished work by key; a context manager that holds its own part's lock.
+
+    In an object store there is no such lock: an orphan of a killed job that still writes adds
+    objects of its own, with records that are as true.
+
+    Args:
+        folder: The ledger's folder, path or URI, made if it is not there.
+        part: Name of the part that this writer appends to. One writer at a time: another process's
+            lock is waited for, since an orphan of a killed job ends within seconds.
+        patience: Seconds to wait for it.
+
+    Raises:
+        RaycompressError: The part is still locked, or damaged.
+    """
+
+    def __init__(
+        self, folder: str | Path | ObjectPath, part: str, *, patience: float = 30.0
+    ) -> None:
+        self.folder = place_of(folder)
+        path = self.folder / f"{part}.jsonl"
+        self._writer: _File | Segments = (
+            Segments(path) if isinstance(path, ObjectPath) else _File(path, patience)
+        )
         self._pending, self._committed = False, time.monotonic()
-        self._file.truncate(max((end for _, end in _records(self.path)), default=0))
         self._known: dict[str, Record] = {
             record["key"]: record for record in read_ledger(self.folder)
         }
@@ -97,16 +138,16 @@ class Ledger:
     def append(self, records: Mapping[str, Mapping[str, Any]]) -> None:
         """Appends records by key.
 
-        They outlive this process at once, and the machine after the next `commit`, or the next
-        `append` that comes `COMMIT_SECONDS` after the last.
+        They outlive this process at once (in an object store: as they outlive the machine), and
+        the machine after the next `commit`, or the next `append` that comes `COMMIT_SECONDS` after
+        the last.
         """
         lines = []
         for key, record in records.items():
             whole = {"key": key, **record}
             lines.append(json.dumps(whole, separators=(",", ":")).encode() + b"\n")
             self._known[key] = whole
-        self._file.write(b"".join(lines))
-        self._file.flush()
+        self._writer.write(b"".join(lines))
         self._pending = True
         if time.monotonic() - self._committed > COMMIT_SECONDS:
             self.commit()
@@ -114,14 +155,14 @@ class Ledger:
     def commit(self) -> None:
         """Returns when all that was appended is on disk."""
         if self._pending:
-            os.fsync(self._file.fileno())
+            self._writer.commit()
             self._pending = False
         self._committed = time.monotonic()
 
     def close(self) -> None:
         """Releases the part."""
         self.commit()
-        self._file.close()
+        self._writer.close()
 
     def __enter__(self) -> Ledger:
         return self

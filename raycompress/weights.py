@@ -6,6 +6,7 @@ them instead of training again, and so that what travels between processes is a 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -15,15 +16,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from raycompress.errors import RaycompressError
+from raycompress.storage import ObjectPath, Place, place_of
 
 __all__ = ["WeightStore", "Weights", "digest_of_state"]
 
 _EXTRA = "extra:"
+CACHE_BYTES = 20_000_000_000
+"""Of weights from object stores that a node's disk keeps."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +65,16 @@ def _tensors(weights: Weights) -> dict[str, Tensor]:
 class WeightStore:
     """A folder of `<digest>.safetensors`, on storage that all workers see.
 
+    What comes from an object store is kept on the node's own disk, once for all of its processes.
+
     Args:
-        folder: Made when something is first put.
+        folder: Path or URI; made when something is first put.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path | ObjectPath) -> None:
+        self.folder = place_of(folder)
 
-    def path(self, digest: str) -> Path:
+    def path(self, digest: str) -> Place:
         """Where the weights of a digest are."""
         return self.folder / f"{digest}.safetensors"
 
@@ -77,16 +83,20 @@ class WeightStore:
         digest = digest_of_state(weights)
         path = self.path(digest)
         if not path.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
             state = {
                 # A copy: safetensors refuses tensors that share memory, as tied weights do.
                 name: tensor.detach().cpu().contiguous().clone()
                 for name, tensor in _tensors(weights).items()
             }
             kept = {name: list(indices) for name, indices in weights.kept.items()}
-            handle, temporary = tempfile.mkstemp(dir=self.folder, suffix=".partial")
+            metadata = {"kept": json.dumps(kept)}
+            if isinstance(path, ObjectPath):
+                path.write_bytes(save(state, metadata))
+                return digest
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".partial")
             os.close(handle)
-            save_file(state, temporary, metadata={"kept": json.dumps(kept)})
+            save_file(state, temporary, metadata=metadata)
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
@@ -96,23 +106,83 @@ class WeightStore:
         """Loads weights.
 
         Raises:
-            RaycompressError: They aren't there.
+            RaycompressError: They aren't there, or are damaged.
         """
-        path = self.path(digest)
-        if not path.exists():
-            raise RaycompressError(f"weights {digest} are not in {self.folder}")
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-            kept = json.loads((file.metadata() or {}).get("kept", "{}"))
-        extra = {n.removeprefix(_EXTRA): t for n, t in tensors.items() if n.startswith(_EXTRA)}
-        state = {name: t for name, t in tensors.items() if not name.startswith(_EXTRA)}
-        return Weights(state, {name: tuple(indices) for name, indices in kept.items()}, extra)
+        return _read(self._here(digest))
 
     def kept_counts(self, digest: str) -> dict[str, int]:
         """Number of kept channels by group; reads no tensor. Empty for dense shapes."""
-        with safe_open(self.path(digest), framework="pt") as file:
+        with safe_open(self._here(digest), framework="pt") as file:
             kept = json.loads((file.metadata() or {}).get("kept", "{}"))
         return {name: len(indices) for name, indices in kept.items()}
 
     def __contains__(self, digest: str) -> bool:
         return self.path(digest).exists()
+
+    def _here(self, digest: str) -> Path:
+        """The file on a disk of this node."""
+        path = self.path(digest)
+        if isinstance(path, ObjectPath):
+            return _cached(path, digest)
+        if not path.exists():
+            raise RaycompressError(f"weights {digest} are not in {self.folder}")
+        return path
+
+
+def _read(path: Path) -> Weights:
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        kept = json.loads((file.metadata() or {}).get("kept", "{}"))
+    extra = {n.removeprefix(_EXTRA): t for n, t in tensors.items() if n.startswith(_EXTRA)}
+    state = {name: t for name, t in tensors.items() if not name.startswith(_EXTRA)}
+    return Weights(state, {name: tuple(indices) for name, indices in kept.items()}, extra)
+
+
+def _cached(path: ObjectPath, digest: str) -> Path:
+    """Weights of an object store on this node's disk; checked when they are fetched."""
+    folder = _cache()
+    file = folder / path.name
+    if file.exists():
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(file)  # what was used last goes last
+            return file
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise RaycompressError(f"weights {digest} are not in {path.parent}") from None
+    folder.mkdir(parents=True, exist_ok=True)
+    _make_room(folder, len(data))
+    temporary = folder / f".{digest}.{os.getpid()}.partial"
+    temporary.write_bytes(data)
+    try:
+        found = digest_of_state(_read(temporary))
+    except SafetensorError as error:
+        found = f"unknown ({error})"
+    if found != digest:
+        temporary.unlink()
+        raise RaycompressError(f"weights {path} are damaged: their digest is {found}")
+    os.replace(temporary, file)
+    return file
+
+
+def _cache() -> Path:
+    """`$RAYCOMPRESS_CACHE`, or a folder of the user's cache."""
+    own = os.environ.get("RAYCOMPRESS_CACHE")
+    if own:
+        return Path(own) / "weights"
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "raycompress" / "weights"
+
+
+def _make_room(folder: Path, num_bytes: int) -> None:
+    """Removes what was used longest ago; files that others have open stay readable."""
+    files = []
+    for file in folder.glob("*.safetensors"):
+        with contextlib.suppress(FileNotFoundError):  # another process makes room as well
+            files.append((file.stat().st_mtime, file.stat().st_size, file))
+    total = num_bytes + sum(size for _, size, _ in files)
+    for _, size, file in sorted(files):
+        if total <= CACHE_BYTES:
+            return
+        file.unlink(missing_ok=True)
+        total -= size
