@@ -53,6 +53,8 @@ def test_names_of_quantization_are_pinned():
         "Quantization",
         "Quantizer",
         "choices_of",
+        "export_calibration",
+        "load_calibration",
         "quant_config_list",
     ]
     for name in raycompress.quantization.__all__:

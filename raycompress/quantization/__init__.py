@@ -1,6 +1,7 @@
 """Quantizers: frozen dataclasses whose fields are their YAML keys."""
 
 from raycompress.quantization.bnn import BNN
+from raycompress.quantization.calibration import export_calibration, load_calibration
 from raycompress.quantization.dorefa import DoReFa
 from raycompress.quantization.lsq import LSQ
 from raycompress.quantization.naive import NaiveQuantizer
@@ -22,6 +23,8 @@ __all__ = [
     "Quantization",
     "Quantizer",
     "choices_of",
+    "export_calibration",
+    "load_calibration",
     "quant_config_list",
 ]
 
