@@ -68,9 +68,12 @@ class Prices:
         return collector.passes * self._passes(self.info.num_examples["calibration"])
 
     def _building(self, candidate: Candidate, counts: Mapping[str, int]) -> float:
-        """Reconstruction and recalibration."""
+        """Reconstruction, recalibration, and calibration of quantizers."""
         relative = self._relative(counts)
         dfe = relative * self._calibration(candidate.recalibrate)
+        quantize = candidate.quantize
+        if quantize is not None and quantize.quantizer.needs_data:
+            dfe += relative * quantize.quantizer.passes * self._calibration(quantize.batches)
         if candidate.reconstruct is not None:
             # One look at the order of calls; one pass of the dense model, which answers for all
             # layers (and for the candidates after, on the same host); then, for each layer, the

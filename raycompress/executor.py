@@ -175,13 +175,7 @@ class LedgerExecutor(ABC):
                 judged.append(candidate)
             else:
                 weights = trained[candidate].weights
-                judged.append(
-                    None
-                    if weights is None
-                    else replace(
-                        candidate, weights=weights, training=None, recalibrate=0, reconstruct=None
-                    )
-                )
+                judged.append(None if weights is None else candidate.trained(weights))
         answers = self._evaluate([c for c in judged if c is not None], split)
         trials = []
         for candidate, asked in zip(candidates, judged, strict=True):

@@ -25,6 +25,7 @@ from raycompress.identity import data_digest, numeric_class, task_digest
 from raycompress.layer_rows import Answers
 from raycompress.masks import Masks, masked_copy, weight_masks
 from raycompress.method import TrainingRun, train_within
+from raycompress.quantization.quantizer import Quantization
 from raycompress.recalibration import recalibrate
 from raycompress.reconstruction import Reconstruction, lost_inputs, reconstruct
 from raycompress.search import Candidate, Ranking, Shard, Training
@@ -223,6 +224,8 @@ class ModelHost:
     def build(self, candidate: Candidate) -> nn.Module:
         """The candidate's model on the device, in eval mode: slim, or masked if fine-grained."""
         weights = self.weights(candidate.weights)
+        if weights.quantization is not None:
+            return self._quantized(candidate, weights)
         kept = self.kept(candidate)
         if weights.kept and {n: tuple(k.tolist()) for n, k in kept.items()} == dict(weights.kept):
             model = slim(self._base, self.structure, kept)
@@ -241,7 +244,41 @@ class ModelHost:
         if candidate.recalibrate:
             batches = self._splits.calibration(candidate.recalibrate)
             recalibrate(model, lambda batch: self.task.forward(model, batch), batches)
+        if candidate.quantize is not None:
+            self._quantize(model, candidate.quantize)
         return model
+
+    def _quantize(self, model: nn.Module, how: Quantization) -> None:
+        """Gives a float model its quantizers, in place, and calibrates them."""
+        how.prepare(model)
+        model.eval()
+        if how.quantizer.needs_data:
+            how.quantizer.calibrate(model, self.task.forward, self._splits.calibration(how.batches))
+
+    def _quantized(self, candidate: Candidate, weights: Weights) -> nn.Module:
+        """A model of weights that are quantized already, as they were stored.
+
+        Raises:
+            TaskError: The candidate asks for another model than that.
+        """
+        assert weights.quantization is not None
+        how = Quantization.from_key(weights.quantization)
+        kept = self.kept(candidate)
+        same = {name: tuple(indices.tolist()) for name, indices in kept.items()}
+        for asked, what in (
+            (candidate.quantize not in (None, how), "quantized in another way"),
+            (same != dict(weights.kept), "pruned"),
+            (bool(candidate.recalibrate), "recalibrated"),
+            (candidate.reconstruct is not None, "reconstructed"),
+        ):
+            if asked:
+                raise TaskError(f"weights {candidate.weights} are quantized: can't be {what} now")
+        model = slim(self._base, self.structure, kept) if kept else copy.deepcopy(self._base)
+        how.prepare(model)
+        model.load_state_dict(dict(weights.state))
+        if candidate.kept and not kept:
+            model = masked_copy(model, self.masks(candidate))
+        return model.to(self.device).eval()
 
     def _reconstruct(self, model: nn.Module, candidate: Candidate, how: Reconstruction) -> None:
         kept, masks = self.kept(candidate), self.masks(candidate)
@@ -276,6 +313,8 @@ class ModelHost:
             return
         self._loaded = None
         weights = self.weights(digest)
+        if weights.quantization is not None:
+            raise TaskError(f"weights {digest} are quantized: float ones are needed here")
         state: Mapping[str, Tensor] = weights.state
         if weights.kept:
             kept = {name: torch.tensor(indices) for name, indices in weights.kept.items()}
@@ -289,8 +328,13 @@ class ModelHost:
         return self._rankings[candidate.ranking]
 
     def _train(self, candidate: Candidate, training: Training, progress: Progress | None) -> str:
+        epochs = training.in_epochs(self._steps_per_epoch())
+        how = self._quantization(candidate, epochs)
         model = self.build(candidate.with_training(None))
         kept = self.kept(candidate)
+        methods = (
+            training.methods if how is None else (*training.methods, *how.quantizer.methods(model))
+        )
         run = TrainingRun(
             model=model,
             task=copy.copy(self.task),
@@ -308,8 +352,8 @@ class ModelHost:
 
         train_within(
             run,
-            training.methods,
-            epochs=training.in_epochs(self._steps_per_epoch()),
+            methods,
+            epochs=epochs,
             lr=training.lr,
             seed=training.seed,
             progress=report,
@@ -317,7 +361,25 @@ class ModelHost:
         state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
         plain = {name: tuple(indices.tolist()) for name, indices in kept.items()}
         extra = {name: tensor.cpu() for name, tensor in run.extra.items()}
-        return self.store.put(Weights(state, plain, extra))
+        record = None if how is None else how.key()
+        return self.store.put(Weights(state, plain, extra, record))
+
+    def _quantization(self, candidate: Candidate, epochs: float) -> Quantization | None:
+        """How a candidate is quantized, now or in its weights already; checked.
+
+        Args:
+            candidate: Evaluated or trained.
+            epochs: Passes over the train split that it is trained for.
+
+        Raises:
+            ConfigError: Its quantizer needs training and gets none, or has none and gets it.
+        """
+        record = self.weights(candidate.weights).quantization
+        if record is not None:
+            return Quantization.from_key(record)
+        if candidate.quantize is not None:
+            candidate.quantize.check_training(epochs, self._steps_per_epoch())
+        return candidate.quantize
 
     def _steps_per_epoch(self) -> int:
         return -(-len(self._splits.dataset("train")) // self.task.batch_size)
@@ -337,6 +399,7 @@ class ModelHost:
         return self.store.put(Weights(collector.collect(probe), {}))
 
     def _evaluate(self, unit: Unit) -> tuple[Shard, ...]:
+        self._quantization(unit.candidate, 0.0)
         model = self._model(unit.candidate)
         if self._whole:
             value = self.task.evaluate(model, unit.split)

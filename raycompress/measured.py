@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,7 @@ def finish_candidate(
     recovered = pool.evaluate([candidate.with_training(training)])[0]
     if recovered.failure is not None or recovered.weights is None:
         raise EvaluationError(f"recovering {name} failed: {recovered.failure}")
-    final = replace(candidate, weights=recovered.weights, recalibrate=0, reconstruct=None)
+    final = candidate.trained(recovered.weights)
     trained = store.get(recovered.weights)
     folder.mkdir(parents=True, exist_ok=True)
     small = final_model(plan, trained)

@@ -68,7 +68,7 @@ class Pricer:
         candidate = replace(asked, shards=None, training=None)
         if asked.training is not None:
             # What came out of the training was judged.
-            candidate = replace(candidate, weights=trial.trained(), recalibrate=0, reconstruct=None)
+            candidate = candidate.trained(trial.trained())
         key = candidate.key()
         counts = self.executor.counts(candidate)
         cost = self.executor.structure.cost(counts)
@@ -124,7 +124,7 @@ class Recorder:
         lines = []
         for trial in trials:
             asked = trial.candidate
-            if asked.weights == self._pricer.dense and not asked.kept and asked.training is None:
+            if asked.weights == self._pricer.dense and asked.is_plain:
                 continue
             point = self._pricer.point(trial, self._name, step)
             # What a race dropped may be judged in full later.
@@ -173,9 +173,7 @@ def gather(
         if not trial.rows:
             continue
         winner = winners[trial.name]
-        model = replace(
-            winner, weights=trial.weights, training=None, recalibrate=0, reconstruct=None
-        )
+        model = winner.trained(trial.weights)
         final = pricer.point(pricer.judge(model), trial.name, stage="final")
         if final is not None:
             imitated = plan.config.reconstruct and bool(winner.kept)

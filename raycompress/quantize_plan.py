@@ -13,7 +13,7 @@ from raycompress.errors import ConfigError
 from raycompress.loading import build_quantizer
 from raycompress.quantization import Bits, Quantization, Quantizer, choices_of
 from raycompress.quantization.lowering import lowering
-from raycompress.quantization.quantize import check_start, float_layers
+from raycompress.quantization.quantize import float_layers
 from raycompress.quantize_section import QuantizeSection
 from raycompress.search import Training
 from raycompress.task import Task
@@ -71,15 +71,15 @@ def plan_quantize(config: JobConfig, model: nn.Module, task: Task) -> QuantizePl
     try:
         choices = choices_of(model, quantizer, section.config_list, task.example_inputs())
         epochs = 0.0 if section.training is None else section.training.epochs
-        check_start(task, choices, epochs)
-        # Refuses bits that it doesn't have.
-        quantizer.prepare(copy.deepcopy(model), choices)
+        how = Quantization.of(quantizer, choices, section.batches)
+        steps = -(-len(task.dataset("train")) // task.batch_size) if epochs else 0
+        how.check_training(epochs, steps)
+        how.prepare(copy.deepcopy(model))  # refuses bits that it doesn't have
     except ConfigError as error:
         glue = "." if str(error).startswith("config_list") else ": "
         raise ConfigError(f"quantize{glue}{error}") from error
     if section.lower in INTEGERS:
         _check_kernels(section.lower, quantizer, choices)
-    how = Quantization.of(quantizer, choices, section.batches)
     return QuantizePlan(how=how, section=section, floats=tuple(float_layers(model)))
 
 

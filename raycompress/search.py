@@ -24,6 +24,7 @@ from raycompress.collect import Collector
 from raycompress.errors import EvaluationError
 from raycompress.method import TrainingMethod
 from raycompress.plain import from_plain, to_plain
+from raycompress.quantization.quantizer import Quantization
 from raycompress.reconstruction import Reconstruction
 from raycompress.task import Split
 
@@ -119,6 +120,8 @@ class Candidate:
             the trial's `weights` is then the digest of the statistics. None: nothing.
         reconstruct: Layers that lost inputs or weights imitate the dense ones first, by least
             squares; None: they stay as they are.
+        quantize: How it is quantized, after all of that and before any training: what is trained
+            and judged computes with quantized numbers. None: as its weights are.
         shards: First and last but one of the validation shards that it is judged on, for races;
             None: all.
     """
@@ -130,6 +133,7 @@ class Candidate:
     training: Training | None = None
     collect: Collector | None = None
     reconstruct: Reconstruction | None = None
+    quantize: Quantization | None = None
     shards: tuple[int, int] | None = None
 
     @staticmethod
@@ -154,6 +158,11 @@ class Candidate:
         """`kept` as a dict."""
         return dict(self.kept)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is nothing but its weights as they are: not pruned, quantized or trained."""
+        return not self.kept and self.quantize is None and self.training is None
+
     def key(self) -> dict[str, Any]:
         """Plain data for the ledger's key."""
         training = self.training
@@ -167,6 +176,8 @@ class Candidate:
             else {**vars(training), "methods": [to_plain(m) for m in training.methods]},
             "collect": None if self.collect is None else to_plain(self.collect),
             "reconstruct": None if self.reconstruct is None else dict(vars(self.reconstruct)),
+            # Only where they are set: keys of older ledgers stay.
+            **({} if self.quantize is None else {"quantize": self.quantize.key()}),
             **({} if self.shards is None else {"shards": list(self.shards)}),
         }
 
@@ -188,12 +199,19 @@ class Candidate:
             reconstruct=None
             if key["reconstruct"] is None
             else Reconstruction(**key["reconstruct"]),
+            quantize=Quantization.from_key(key["quantize"]) if "quantize" in key else None,
             shards=tuple(key["shards"]) if "shards" in key else None,
         )
 
     def with_training(self, training: Training | None) -> Candidate:
         """The same candidate, trained."""
         return replace(self, training=training)
+
+    def trained(self, weights: str) -> Candidate:
+        """What training left behind: these weights as they are, in the same shapes."""
+        return replace(
+            self, weights=weights, training=None, recalibrate=0, reconstruct=None, quantize=None
+        )
 
 
 @dataclass(frozen=True)
@@ -413,7 +431,8 @@ def run_search(
     """Drives a search to its winner.
 
     Candidates that fail are answers: the search goes on with what is left, also past a step in
-    which none is, if it can. It ends where no pruned or trained candidate has come through so far.
+    which none is, if it can. It ends where nothing pruned, quantized or trained has come through
+    so far.
 
     Args:
         search: A fresh generator.
@@ -430,9 +449,7 @@ def run_search(
         while True:
             trials = answer(candidates, executor)
             alive = alive or any(
-                (trial.candidate.kept or trial.candidate.training is not None)
-                and not trial.probe
-                and trial.failure is None
+                not trial.candidate.is_plain and not trial.probe and trial.failure is None
                 for trial in trials
             )
             if trials and not alive and all(trial.failure is not None for trial in trials):

@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -179,11 +179,7 @@ def run_trial(
                 charged[trial.candidate] = max(trial.dfe, paid)
                 spent += charged[trial.candidate] - paid
             # Statistics, probes and looks at the dense model cost, and are no steps of the search.
-            own = [
-                t
-                for t in trials
-                if not t.probe and (t.candidate.kept or t.candidate.training is not None)
-            ]
+            own = [t for t in trials if not t.probe and not t.candidate.is_plain]
             alive = [trial for trial in own if trial.judged]
             if alive:
                 best = min(alive, key=lambda trial: trial.loss)
@@ -264,7 +260,7 @@ def _as_trained(winner: Candidate, judged: Trial) -> Candidate:
     """What was trained is the winner, not the training."""
     if judged.weights is None:
         return winner
-    return replace(winner, weights=judged.weights, training=None, recalibrate=0, reconstruct=None)
+    return winner.trained(judged.weights)
 
 
 def _within(problem: Problem, pricer: Pricer, trial: Trial) -> bool:

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -38,15 +39,18 @@ class Weights:
         state: Tensors by name, on the CPU. Shared: never written in place.
         kept: Kept channel indices for each channel group that lost some; empty for dense shapes.
         extra: What a training method leaves beside the state, such as scores.
+        quantization: `Quantization.key()` of a quantized model, whose `state` then holds its
+            quantizers' too; None in float.
     """
 
     state: Mapping[str, Tensor]
     kept: Mapping[str, tuple[int, ...]]
     extra: Mapping[str, Tensor] = field(default_factory=dict)
+    quantization: Mapping[str, Any] | None = None
 
 
 def digest_of_state(weights: Weights) -> str:
-    """SHA-256 over names, shapes, bytes and kept channels, as 16 hex digits."""
+    """SHA-256 over names, shapes, bytes, kept channels and quantization, as 16 hex digits."""
     content = hashlib.sha256()
     tensors = _tensors(weights)
     for name in sorted(tensors):
@@ -55,6 +59,8 @@ def digest_of_state(weights: Weights) -> str:
         content.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
     kept = {name: list(indices) for name, indices in weights.kept.items()}
     content.update(json.dumps(kept, sort_keys=True).encode())
+    if weights.quantization is not None:
+        content.update(json.dumps(weights.quantization, sort_keys=True).encode())
     return content.hexdigest()[:16]
 
 
@@ -90,6 +96,8 @@ class WeightStore:
             }
             kept = {name: list(indices) for name, indices in weights.kept.items()}
             metadata = {"kept": json.dumps(kept)}
+            if weights.quantization is not None:
+                metadata["quantization"] = json.dumps(weights.quantization)
             if isinstance(path, ObjectPath):
                 path.write_bytes(save(state, metadata))
                 return digest
@@ -132,10 +140,16 @@ class WeightStore:
 def _read(path: Path) -> Weights:
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
-        kept = json.loads((file.metadata() or {}).get("kept", "{}"))
+        metadata = file.metadata() or {}
+    kept = json.loads(metadata.get("kept", "{}"))
     extra = {n.removeprefix(_EXTRA): t for n, t in tensors.items() if n.startswith(_EXTRA)}
     state = {name: t for name, t in tensors.items() if not name.startswith(_EXTRA)}
-    return Weights(state, {name: tuple(indices) for name, indices in kept.items()}, extra)
+    return Weights(
+        state,
+        {name: tuple(indices) for name, indices in kept.items()},
+        extra,
+        json.loads(metadata.get("quantization", "null")),
+    )
 
 
 def _cached(path: ObjectPath, digest: str) -> Path:

@@ -41,11 +41,13 @@ class PackedWeights:
         digest: Their content address.
         tensors: For each name its bytes (uint8, one dimension), dtype and shape.
         kept: As in `Weights`.
+        quantization: As in `Weights`.
     """
 
     digest: str
     tensors: Mapping[str, tuple[np.ndarray, torch.dtype, tuple[int, ...]]]
     kept: Mapping[str, tuple[int, ...]]
+    quantization: Mapping[str, Any] | None = None
 
     @staticmethod
     def pack(digest: str, weights: Weights) -> PackedWeights:
@@ -54,7 +56,7 @@ class PackedWeights:
         for name, tensor in weights.state.items():
             flat = tensor.detach().cpu().contiguous().flatten()
             tensors[name] = (flat.view(torch.uint8).numpy(), tensor.dtype, tuple(tensor.shape))
-        return PackedWeights(digest, tensors, dict(weights.kept))
+        return PackedWeights(digest, tensors, dict(weights.kept), weights.quantization)
 
     def unpack(self) -> Weights:
         """Tensors over the same memory. It is shared by all processes of a node: never write."""
@@ -65,7 +67,7 @@ class PackedWeights:
                 name: torch.from_numpy(data).view(dtype).view(shape)
                 for name, (data, dtype, shape) in self.tensors.items()
             }
-        return Weights(state, self.kept)
+        return Weights(state, self.kept, quantization=self.quantization)
 
 
 @dataclass(frozen=True, kw_only=True)

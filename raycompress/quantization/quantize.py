@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,13 +15,13 @@ from raycompress.data import Splits
 from raycompress.errors import ConfigError, TaskError
 from raycompress.method import TrainingRun, train_within
 from raycompress.quantization.layers import QUANTIZED
-from raycompress.quantization.quantizer import Bits, Quantization, Quantizer
+from raycompress.quantization.quantizer import Quantization, Quantizer
 from raycompress.quantization.targets import QuantTarget, choices_of
 from raycompress.structure import analyze
 from raycompress.task import Task, check_device, check_instance, example_inputs_of
 from raycompress.weights import Weights
 
-__all__ = ["check_start", "float_layers", "quantize"]
+__all__ = ["float_layers", "quantize"]
 
 _log = logging.getLogger(__name__)
 
@@ -43,10 +43,10 @@ def quantize(
     example_inputs = example_inputs_of(task)
     choices = choices_of(model, quantizer, targets, example_inputs)
     how = Quantization.of(quantizer, choices)
-    _check_epochs(quantizer, epochs)
+    _check_epochs(epochs)
+    how.check_training(epochs, -(-len(task.dataset("train")) // task.batch_size) if epochs else 0)
     if lr is not None and not (_is_number(lr) and lr > 0):
         raise ConfigError(f"lr must be a number above 0, got {lr!r}")
-    check_start(task, choices, epochs)
     quantized = copy.deepcopy(model)
     how.prepare(quantized)  # refuses bits that it doesn't have
     if epochs and not any(parameter.requires_grad for parameter in quantized.parameters()):
@@ -83,29 +83,9 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _check_epochs(quantizer: Quantizer, epochs: float) -> None:
-    name = type(quantizer).__name__
+def _check_epochs(epochs: float) -> None:
     if not (_is_number(epochs) and epochs >= 0):
         raise ConfigError(f"epochs must be a number, 0 or more, got {epochs!r}")
-    if quantizer.trains == "yes" and not epochs:
-        raise ConfigError(f"{name} has to be trained: epochs must be above 0, got {epochs:g}")
-    if quantizer.trains == "no" and epochs:
-        raise ConfigError(f"{name} isn't trained: epochs must be 0, got {epochs:g}")
-
-
-def check_start(task: Task, choices: Mapping[str, Bits], epochs: float) -> None:
-    """Raises a ConfigError for a layer that would be rounded in none of the training's steps."""
-    if not any(bits.start_step for bits in choices.values()):
-        return
-    steps = 0
-    if epochs:
-        steps = max(1, round(epochs * -(-len(task.dataset("train")) // task.batch_size)))
-    for name, bits in choices.items():
-        if bits.start_step >= max(steps, 1):
-            raise ConfigError(
-                f"quant_start_step {bits.start_step} of {name!r} is beyond the training, which has "
-                f"{steps} steps; train longer or start earlier"
-            )
 
 
 def _calibration(task: Task, number: int, device: torch.device) -> list[Any]:

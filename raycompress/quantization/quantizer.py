@@ -51,6 +51,8 @@ class Quantizer(ABC):
     """Whether it needs calibration data where it isn't trained."""
     trains: ClassVar[Literal["no", "optional", "yes"]] = "optional"
     """Whether a model that it prepared is trained; "yes": it computes nothing useful before."""
+    passes: ClassVar[float] = 1.0
+    """Forward passes over the calibration batches that `calibrate` takes; for a search's cost."""
 
     @abstractmethod
     def choose(self, model: nn.Module) -> dict[str, Bits]:
@@ -140,6 +142,21 @@ class Quantization:
     def prepare(self, model: nn.Module) -> None:
         """Gives a float model its quantizers, in place."""
         self.quantizer.prepare(model, dict(self.choices))
+
+    def check_training(self, epochs: float, steps_per_epoch: int) -> None:
+        """Raises a ConfigError if the quantizer can't do with so many epochs of training."""
+        name = type(self.quantizer).__name__
+        if self.quantizer.trains == "yes" and not epochs:
+            raise ConfigError(f"{name} has to be trained: epochs must be above 0, got {epochs:g}")
+        if self.quantizer.trains == "no" and epochs:
+            raise ConfigError(f"{name} isn't trained: epochs must be 0, got {epochs:g}")
+        steps = max(1, round(epochs * steps_per_epoch)) if epochs else 0
+        for layer, bits in self.choices:
+            if bits.start_step >= max(steps, 1):  # it would be rounded in none of them
+                raise ConfigError(
+                    f"quant_start_step {bits.start_step} of {layer!r} is beyond the training, "
+                    f"which has {steps} steps; train longer or start earlier"
+                )
 
     def key(self) -> dict[str, Any]:
         """Plain data for keys and files."""
