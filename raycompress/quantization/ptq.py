@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from raycompress.errors import ConfigError, EvaluationError
+from raycompress.quantization.bias_correction import add_biases, correct_biases
 from raycompress.quantization.fake_quant import FakeQuantize, check_bits
 from raycompress.quantization.layers import in_float, quantized_layers
 from raycompress.quantization.observers import OBSERVERS, Observer, Percentile
@@ -39,6 +40,8 @@ class PTQ(Quantizer):
             "percentile" leaves out a share at either end, "mse" minimises the squared error,
             "entropy" the Kullback-Leibler divergence.
         percentile: Percent of the values at either end that "percentile" keeps, in (50, 100].
+        bias_correction: Take the mean that rounding adds to a layer's outputs from its bias
+            (1906.04721, section 4.2); a layer without a bias gets one.
     """
 
     weight_bits: int = 8
@@ -47,6 +50,7 @@ class PTQ(Quantizer):
     fold_norms: bool = True
     observer: str = "mse"
     percentile: float = 99.99
+    bias_correction: bool = False
 
     parts: ClassVar[tuple[str, ...]] = ("weight", "input", "output")
     trains: ClassVar[Literal["no", "optional", "yes"]] = "no"
@@ -70,11 +74,13 @@ class PTQ(Quantizer):
         """Gives the chosen layers grids; those of inputs and outputs wait for `calibrate`."""
         check_parts(self, choices)
         attach_grids(model, choices, self.per_channel, self.fold_norms)
+        if self.bias_correction:
+            add_biases(model)
 
     def calibrate(
         self, model: nn.Module, forward: Callable[[nn.Module, Any], Any], batches: Iterable[Any]
     ) -> None:
-        """Sets the ranges of inputs and outputs; a second time with the same batches alike.
+        """Sets ranges and biases; a second time with the same batches to the same ones.
 
         Raises:
             ConfigError: There are no batches.
@@ -88,6 +94,8 @@ class PTQ(Quantizer):
         try:
             with torch.no_grad():
                 self._set_ranges(model, forward, batches)
+                if self.bias_correction:
+                    correct_biases(model, forward, batches)
         finally:
             for module, mode in modes.items():
                 module.training = mode
