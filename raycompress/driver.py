@@ -14,7 +14,7 @@ from raycompress.config import JobConfig
 from raycompress.errors import ConfigError, InterruptedJob
 from raycompress.executor import LedgerExecutor
 from raycompress.job import Backend, LocalBackend, run_job
-from raycompress.ledger import Ledger, read_ledger
+from raycompress.ledger import Ledger, scan_ledger
 from raycompress.loading import job_key, load_job, parse_job
 from raycompress.output import check_changes, keep_job, lock
 from raycompress.plan import Plan, StudyPlan, prepare
@@ -178,7 +178,7 @@ def _run(plan: Plan, progress: Progress, stack: ExitStack) -> JobResult:
     if plan.quantize is not None:
         raise ConfigError("quantize: jobs only check this section so far; use Quantizer.quantize")
     keep_job(config, plan.output)
-    kept = len(read_ledger(plan.output / "ledger"))
+    kept = sum(1 for _ in scan_ledger(plan.output / "ledger"))
     if kept:
         progress.message(f"Continues: {kept} finished units of work are in {plan.output}")
     progress.stage("Open the tracking store")

@@ -229,12 +229,12 @@ class LedgerExecutor(ABC):
             for part in parts
         ]
         owner = [position for position, parts in enumerate(cut) for _ in parts]
-        first = [owner.index(position) for position in range(len(missing))]
+        first = [0, *itertools.accumulate(len(parts) for parts in cut)]
         results: dict[int, UnitResult] = {}
         for index, result in self._run(units):
             results[index] = result
             position = owner[index]
-            own = range(first[position], first[position] + len(cut[position]))
+            own = range(first[position], first[position + 1])
             if all(i in results for i in own):
                 candidate = missing[position]
                 dfe = self._prices.evaluation_of(candidate, self.counts(candidate), split)

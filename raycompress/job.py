@@ -19,7 +19,7 @@ from raycompress.config import TrainingConfig
 from raycompress.errors import EvaluationError
 from raycompress.executor import LedgerExecutor
 from raycompress.finish import finish_trial, trial_without_model
-from raycompress.ledger import Ledger, read_ledger
+from raycompress.ledger import Ledger, scan_ledger
 from raycompress.local import LocalExecutor
 from raycompress.measured import Measured, measure_dense
 from raycompress.pareto import Point
@@ -239,7 +239,7 @@ def run_job(
 
 def _spent(plan: Plan) -> float:
     """What all runs of a job have cost so far."""
-    return float(sum(record["dfe"] for record in read_ledger(plan.output / "ledger")))
+    return float(sum(record["dfe"] for record in scan_ledger(plan.output / "ledger")))
 
 
 def _dense_weights(job: _Job, pool: LedgerExecutor) -> str:
@@ -485,8 +485,7 @@ def _best(trials: Sequence[TrialResult]) -> str:
 
 
 def _notes(plan: Plan, table: LatencyTable | None) -> tuple[str, ...]:
-    records = read_ledger(plan.output / "ledger")
-    failed = [r for r in records if r.get("failure")]
+    failed = [r for r in scan_ledger(plan.output / "ledger") if r.get("failure")]
     notes = [
         "Scores on validation data selected; scores on test data selected nothing.",
         "Latency depends on the machine; everything else is the same on every run on it.",

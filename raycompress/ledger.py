@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import time
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 from raycompress.errors import RaycompressError
 from raycompress.storage import ObjectPath, Place, Segments, place_of, read_all
 
-__all__ = ["Ledger", "read_ledger"]
+__all__ = ["Ledger", "read_ledger", "scan_ledger"]
 
 Record = dict[str, Any]
 
@@ -49,18 +50,31 @@ def _part(path: Path) -> Iterator[tuple[Record, int]]:
         yield from _records(file, path)
 
 
-def read_ledger(folder: str | Path | ObjectPath) -> list[Record]:
-    """All whole records below a ledger folder, in order of part name, then of writing."""
+def scan_ledger(folder: str | Path | ObjectPath) -> Iterator[Record]:
+    """Each whole record below a ledger folder, in order of part name, then of writing."""
     place = place_of(folder)
     if isinstance(place, ObjectPath):
         objects = place.objects(".jsonl")
-        parts = zip(objects, read_all(objects), strict=True)
-        return [
-            record
-            for each, data in parts
-            for record, _ in _records(data.splitlines(keepends=True), each)
-        ]
-    return [record for path in sorted(place.glob("*.jsonl")) for record, _ in _part(path)]
+        for each, data in zip(objects, read_all(objects), strict=True):
+            for record, _ in _records(data.splitlines(keepends=True), each):
+                yield record
+    else:
+        for path in sorted(place.glob("*.jsonl")):
+            for record, _ in _part(path):
+                yield record
+
+
+def read_ledger(folder: str | Path | ObjectPath) -> list[Record]:
+    """All whole records below a ledger folder, in order of part name, then of writing."""
+    return list(scan_ledger(folder))
+
+
+def _line(record: Record) -> bytes:
+    return json.dumps(record, separators=(",", ":")).encode() + b"\n"
+
+
+def _packed(line: bytes) -> bytes:
+    return zlib.compress(line, 1)
 
 
 class _File:
@@ -122,13 +136,18 @@ class Ledger:
             Segments(path) if isinstance(path, ObjectPath) else _File(path, patience)
         )
         self._pending, self._committed = False, time.monotonic()
-        self._known: dict[str, Record] = {
-            record["key"]: record for record in read_ledger(self.folder)
+        # Compressed: as objects, 100,000 records take hundreds of MB.
+        self._known: dict[str, bytes] = {
+            record["key"]: _packed(_line(record)) for record in scan_ledger(self.folder)
         }
 
     def get(self, key: str) -> Record | None:
         """The record of a key, or None."""
-        return self._known.get(key)
+        packed = self._known.get(key)
+        if packed is None:
+            return None
+        record: Record = json.loads(zlib.decompress(packed))
+        return record
 
     def put(self, records: Mapping[str, Mapping[str, Any]]) -> None:
         """Appends records by key and returns when they are on disk: one fsync for all."""
@@ -144,9 +163,9 @@ class Ledger:
         """
         lines = []
         for key, record in records.items():
-            whole = {"key": key, **record}
-            lines.append(json.dumps(whole, separators=(",", ":")).encode() + b"\n")
-            self._known[key] = whole
+            line = _line({"key": key, **record})
+            lines.append(line)
+            self._known[key] = _packed(line)
         self._writer.write(b"".join(lines))
         self._pending = True
         if time.monotonic() - self._committed > COMMIT_SECONDS:

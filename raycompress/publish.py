@@ -15,7 +15,7 @@ from raycompress.artifacts import save
 from raycompress.config import JobConfig
 from raycompress.errors import ArtifactError, RaycompressError, VerificationError
 from raycompress.hiding import hidden
-from raycompress.ledger import read_ledger
+from raycompress.ledger import scan_ledger
 from raycompress.measured import final_model
 from raycompress.pareto import Point
 from raycompress.plan import Plan
@@ -151,7 +151,7 @@ def write_candidates(plan: Plan, path: Path) -> None:
             "dfe": record["dfe"],
             "worker": record["worker"],
         }
-        for record in read_ledger(plan.output / "ledger")
+        for record in scan_ledger(plan.output / "ledger")
     ]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
 
