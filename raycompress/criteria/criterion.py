@@ -42,6 +42,8 @@ class Criterion(Collector):
     normalised: ClassVar[bool] = True
     """Each member's scores are divided by their mean magnitude, so that layers of different scale
     weigh the same; false where those of different layers are comparable by themselves."""
+    cumulative: ClassVar[bool] = False
+    """A channel's score tells what it costs to lose it together with all that have lower ones."""
 
     def __post_init__(self) -> None:
         if self.combine not in ("sum", "mean", "max"):

@@ -67,6 +67,7 @@ class OBS(Criterion):
 
     needs_data: ClassVar[bool] = True
     normalised: ClassVar[bool] = False
+    cumulative: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

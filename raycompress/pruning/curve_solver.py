@@ -1,12 +1,13 @@
 """Loss curves from few probes, an exact solver, and a local search that races (our own).
 
 Others walk: annealing judges a model for every step, NetAdapt trains one for every group and step.
-Here every channel group is pruned alone to a few widths, reconstructed, and judged once; what comes
-between is interpolated. The sum of these losses is minimised exactly within the budget
-(`solver.py`), for any budget and without another look at data. The currency is measured loss, since
-reconstruction errors, which SPDY (arXiv 2201.13096) sums, rank layers badly against each other; the
-cost is the model's own, in which neighbouring widths multiply. What the sum can't know, that losses
-of groups pruned together don't just add up, is left to a short local search from there.
+Here every channel group is pruned alone to two widths, reconstructed, and judged once; the curve
+between and beyond them has the shape that the criterion's scores estimate (`curves.py`). The sum of
+these losses is minimised exactly within the budget (`solver.py`), for any budget and without
+another look at data. The currency is measured loss, since reconstruction errors alone, which SPDY
+(arXiv 2201.13096) sums, say little of how layers compare; the cost is the model's own, in which
+neighbouring widths multiply. What the sum can't know, that losses of groups pruned together don't
+just add up, is left to a short local search from there.
 """
 
 from __future__ import annotations
@@ -17,54 +18,23 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
-from scipy.interpolate import PchipInterpolator
-
 from raycompress.budget import Allocator
 from raycompress.criteria import criterion
 from raycompress.errors import ConfigError, EvaluationError
+from raycompress.pruning.curves import Curves, errors_of, falling
 from raycompress.pruning.pruner import Problem, Pruner, allocator
 from raycompress.pruning.solver import PairwiseCost, solve
 from raycompress.recalibration import check_recalibration
 from raycompress.reconstruction import Reconstruction
 from raycompress.search import Asked, Candidate, Probes, Race, Ranking, Search, Trial
 
-__all__ = ["CurveSolver", "Curves"]
+__all__ = ["CurveSolver"]
 
 MAX_LEVELS = 24
 """Widths of a group in the first program, at most; fewer where there are many groups."""
 
 MAX_MOVES = 8
 """Programs at one fineness: each starts around the last one's solution, until it stays."""
-
-
-@dataclass(frozen=True)
-class Curves:
-    """What the probes told.
-
-    Attributes:
-        ranking: In which order channels go.
-        dense: The dense model's loss (or score with its sign changed).
-        widths: For each group kept counts, ascending; the last is the whole group.
-        losses: For each group the loss above the dense model's at these widths, at least 0 and
-            falling; 0 at the last.
-    """
-
-    ranking: Ranking
-    dense: float
-    widths: Mapping[str, tuple[int, ...]]
-    losses: Mapping[str, tuple[float, ...]]
-
-    def at(self, group: str, counts: Sequence[int]) -> NDArray[np.float64]:
-        """Interpolated losses of a group; monotone, and straight below the narrowest probe."""
-        widths, losses = self.widths[group], self.losses[group]
-        if len(widths) == 1:
-            return np.zeros(len(counts))
-        slope = (losses[0] - losses[1]) / (widths[1] - widths[0])
-        curve = PchipInterpolator([0, *widths], [losses[0] + slope * widths[0], *losses])
-        values: NDArray[np.float64] = curve(np.asarray(counts, dtype=float))
-        return values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +45,8 @@ class CurveSolver(Pruner):
 
     Attributes:
         criterion: Which channels of a group go first: a name such as "l1", or an import path.
-        probes: Fractions of a group's channels kept in its probes, each in (0, 1).
+        probes: Fractions of a group's channels kept in its probes, each in (0, 1); none: the
+            criterion's estimates alone decide, which says something with "obs" alone.
         share: Part of the validation split that probes are judged on, in whole shards.
         objective: "loss": lower validation loss wins (finer than accuracy); "score": the task's.
         reconstruct: Before anything is judged, layers imitate the dense ones by least squares over
@@ -89,7 +60,7 @@ class CurveSolver(Pruner):
     """
 
     criterion: str = "obs"
-    probes: tuple[float, ...] = (0.75, 0.5, 0.3, 0.15, 0.05)
+    probes: tuple[float, ...] = (0.5, 0.15)
     share: float = 0.25
     objective: Literal["loss", "score"] = "loss"
     reconstruct: bool = True
@@ -113,7 +84,7 @@ class CurveSolver(Pruner):
                 raise ConfigError(
                     f"CurveSolver.{name} must be at least {least}, got {getattr(self, name)}"
                 )
-        if not self.probes or not all(0 < fraction < 1 for fraction in self.probes):
+        if not all(0 < fraction < 1 for fraction in self.probes):
             raise ConfigError(
                 f"CurveSolver.probes must be fractions in (0, 1), got {list(self.probes)}"
             )
@@ -159,7 +130,12 @@ class CurveSolver(Pruner):
         groups = problem.groups()
         yield from check_recalibration(problem.weights, self.recalibrate)
         ranks = criterion(self.criterion, "CurveSolver.criterion", "channels")
-        ranking = yield from problem.rank(ranks, list(groups))
+        scores = yield from problem.scores(ranks, list(groups))
+        ranking = problem.ranking("channels", scores)
+        errors = {name: errors_of(scores[name], ranks.cumulative) for name in groups}
+        if not self.probes:
+            nothing = {name: (problem.structure.group(name).num_channels,) for name in groups}
+            return Curves(ranking, errors, nothing, dict.fromkeys(groups, (0.0,)))
         asked: list[tuple[str, int]] = []
         for name in groups:
             group = problem.structure.group(name)
@@ -188,7 +164,7 @@ class CurveSolver(Pruner):
                     points[count] = max(self._energy(trial) - base, 0.0)
             widths[name] = tuple(sorted(points))
             losses[name] = falling([points[count] for count in widths[name]])
-        return Curves(ranking, base, widths, losses)
+        return Curves(ranking, errors, widths, losses)
 
     def solution(self, fitter: Allocator, curves: Curves) -> dict[str, int]:
         """The allocation with the smallest sum of losses within the budget.
@@ -272,16 +248,3 @@ class CurveSolver(Pruner):
 
     def _energy(self, trial: Trial) -> float:
         return trial.loss if self.objective == "loss" else -trial.score
-
-
-def falling(values: Sequence[float]) -> tuple[float, ...]:
-    """The non-increasing sequence nearest to the values in squares (pool adjacent violators)."""
-    blocks: list[tuple[float, int]] = []
-    for value in values:
-        mean, size = value, 1
-        while blocks and blocks[-1][0] < mean:
-            before, num = blocks.pop()
-            mean = (before * num + mean * size) / (num + size)
-            size += num
-        blocks.append((mean, size))
-    return tuple(mean for mean, size in blocks for _ in range(size))

@@ -19,7 +19,7 @@ from raycompress.budget import Allocator, Budget
 from raycompress.errors import BudgetError, ConfigError, EvaluationError
 from raycompress.ledger import read_ledger
 from raycompress.pruning import CurveSolver
-from raycompress.pruning.curve_solver import Curves, falling
+from raycompress.pruning.curves import Curves, errors_of, falling
 from raycompress.search import Probes, Race, Ranking, Trial, run_search
 from raycompress.structure import analyze
 from raycompress.testing import PrunerContract, ToyNet, toy_problem
@@ -30,31 +30,75 @@ class TestContract(PrunerContract):
     budget: ClassVar = {"macs": "50%"}
 
 
+class TestContractOfEstimatesAlone(PrunerContract):
+    pruner = CurveSolver(iterations=0, probes=())
+    budget: ClassVar = {"macs": "50%"}
+
+
 class TestContractWithoutData(PrunerContract):
     pruner = CurveSolver(iterations=0, reconstruct=False, recalibrate=1, criterion="taylor")
     budget: ClassVar = {"params": "30%"}
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 10), min_size=1, max_size=8))
 def test_falling_is_isotonic_regression(values):
     fitted = IsotonicRegression(increasing=False).fit_transform(range(len(values)), values)
     assert falling(values) == pytest.approx(fitted, abs=1e-9)
 
 
-def _curves(widths, losses):
-    return Curves(Ranking("channels", {}), 0.5, {"g": widths}, {"g": losses})
+def _curves(widths, losses, errors=None):
+    """Of groups by name; estimates are the squares of the share that has gone."""
+    errors = errors or {
+        name: (1 - np.arange(each[-1] + 1) / each[-1]) ** 2 for name, each in widths.items()
+    }
+    return Curves(Ranking("channels", {}), errors, widths, losses)
 
 
-def test_curves_pass_through_the_probes_and_stay_monotone():
-    curves = _curves((2, 5, 8), (4.0, 1.0, 0.0))
-    assert curves.at("g", [2, 5, 8]).tolist() == [4.0, 1.0, 0.0]
-    values = curves.at("g", range(9))
-    assert (np.diff(values) <= 0).all()
-    assert values[0] == 6.0  # the slope of the two narrowest probes goes on: 4 + 2 * 1
+def test_a_curve_is_a_power_of_the_estimates_through_the_probes():
+    errors = {"g": np.array([8.0, 4.0, 2.0, 1.0, 0.0])}
+    curves = _curves({"g": (1, 3, 4)}, {"g": (16.0, 1.0, 0.0)}, errors)
+    # 16 at an error of 4 and 1 at 1: loss is the square of the error, between and beyond.
+    assert curves.at("g", range(5)).tolist() == pytest.approx([64.0, 16.0, 4.0, 1.0, 0.0])
 
 
-def test_a_group_that_was_never_probed_costs_nothing():
-    assert _curves((8,), (0.0,)).at("g", [1, 8]).tolist() == [0.0, 0.0]
+def test_one_probe_gives_the_factor_of_a_group_and_none_the_median_of_all():
+    errors = {name: np.array([4.0, 2.0, 1.0, 0.0]) for name in "abc"}
+    widths = {"a": (1, 3), "b": (2, 3), "c": (3,)}
+    losses = {"a": (6.0, 0.0), "b": (5.0, 0.0), "c": (0.0,)}
+    curves = _curves(widths, losses, errors)
+    assert curves.at("a", range(4)).tolist() == pytest.approx([12.0, 6.0, 3.0, 0.0])
+    assert curves.at("b", range(4)).tolist() == pytest.approx([20.0, 10.0, 5.0, 0.0])
+    assert curves.at("c", range(4)).tolist() == pytest.approx([16.0, 8.0, 4.0, 0.0])
+
+
+def test_without_probes_the_estimates_are_the_losses():
+    curves = _curves({"a": (3,)}, {"a": (0.0,)}, {"a": np.array([4.0, 2.0, 1.0, 0.0])})
+    assert curves.at("a", [3, 0, 2]).tolist() == [0.0, 4.0, 1.0]
+
+
+def test_probes_that_lost_the_same_or_nothing_leave_a_rising_curve():
+    errors = {"g": np.array([8.0, 4.0, 2.0, 1.0, 0.0]), "h": np.array([2.0, 1.0, 0.0])}
+    widths = {"g": (1, 3, 4), "h": (1, 2)}
+    same = _curves(widths, {"g": (1.0, 1.0, 0.0), "h": (1.0, 0.0)}, errors).at("g", range(5))
+    assert same[0] == pytest.approx(2**0.5) and same[1] == pytest.approx(1.0)
+    nothing = _curves(widths, {"g": (0.0, 0.0, 0.0), "h": (1.0, 0.0)}, errors).at("g", range(5))
+    assert (np.diff(nothing) <= 0).all() and 0 < nothing[0] < 1e-3
+
+
+def test_errors_of_scores_that_add_up_and_of_others():
+    together = errors_of(torch.tensor([5.0, 1.0, 3.0]), cumulative=True)
+    assert together.tolist() == pytest.approx([5.0, 3.0, 1.0, 0.0], rel=1e-6)
+    single = errors_of(torch.tensor([5.0, 1.0, 4.0]), cumulative=False)
+    assert single.tolist() == pytest.approx([1.0, 0.5, 0.1, 0.0], rel=1e-6)
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(-5, 5), min_size=1, max_size=8), st.booleans())
+def test_errors_fall_strictly_to_zero(scores, cumulative):
+    errors = errors_of(torch.tensor(scores, dtype=torch.float64), cumulative)
+    assert len(errors) == len(scores) + 1 and errors[-1] == 0
+    assert np.isfinite(errors).all() and (np.diff(errors) < 0).all()
 
 
 @settings(max_examples=15, deadline=None)
@@ -70,7 +114,7 @@ def test_solution_is_brute_force(seed, percent):
         num = problem.structure.group(name).num_channels
         widths[name] = (max(num // 4, 1), max(num // 2, 2), num)
         losses[name] = (*np.sort(rng.exponential(1.0, 2))[::-1].tolist(), 0.0)
-    curves = Curves(Ranking("channels", {}), 0.0, widths, losses)
+    curves = _curves(widths, losses)
     fitter = Allocator(problem.structure, tuple(groups), problem.budget)
     counts = CurveSolver().solution(fitter, curves)
     assert fitter.meets(counts)
@@ -99,7 +143,7 @@ def test_coarse_to_fine_is_near_the_exact_solution(seed, percent):
         num, scale = group.num_channels, rng.exponential(1.0)
         widths[group.name] = tuple(sorted({max(num * i // 6, 1) for i in range(1, 7)}))
         losses[group.name] = tuple(scale * (1 - count / num) ** 2 for count in widths[group.name])
-    curves = Curves(Ranking("channels", {}), 0.0, widths, losses)
+    curves = _curves(widths, losses)
     names = tuple(group.name for group in structure.groups)
     fitter = Allocator(structure, names, Budget.of({"macs": f"{percent}%"}))
     found = CurveSolver().solution(fitter, curves)
@@ -181,7 +225,6 @@ def test_probes_are_shared_by_all_budgets_of_a_job(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"probes": ()}, r"CurveSolver.probes must be fractions in \(0, 1\), got \[\]"),
         ({"probes": (1.0,)}, r"CurveSolver.probes must be fractions in \(0, 1\), got \[1.0\]"),
         ({"iterations": -1}, "CurveSolver.iterations must be at least 0, got -1"),
         ({"share": 0.0}, r"CurveSolver.share must be in \(0, 1\], got 0"),
