@@ -176,10 +176,9 @@ class ReplicaPool(LedgerExecutor):
         self._published.append(reference)
         acks = {}
         for slot in self._slots:
-            if slot.ready:
-                acks[slot.actor.publish.remote(reference)] = slot
-            else:  # what it was told when it started lacks this
-                self._replace(slot, "it was still starting when something was published")
+            ack = slot.actor.publish.remote(reference)
+            if slot.ready:  # who still starts is told next, before any unit
+                acks[ack] = slot
         timeout = self.cluster.start_timeout
         _, late = ray.wait(list(acks), num_returns=len(acks), timeout=timeout) if acks else ([], [])
         for ack, slot in acks.items():
