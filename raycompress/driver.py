@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from raycompress.progress import Progress, SilentProgress
 from raycompress.publish import check_tracking, open_tracker, publish
 from raycompress.results import JobResult, SampleRow
 from raycompress.tracking.base import Status, Tracker
-from raycompress.trial import Shared
+from raycompress.trial import Shared, finished, run_trial
 from raycompress.tuned import Samples
 from raycompress.tuning import Searcher
 from raycompress.watch import Watch
@@ -72,6 +73,7 @@ class RayBackend:
             self._spec(plan, {shared.digest: shared.weights}),
             plan.config.cluster,
             plan.output,
+            partial(finished, shared),
             on_report=watch,
             shared=shared,
         )
@@ -100,6 +102,7 @@ class RayBackend:
             self._spec(plan, {shared.digest: shared.weights}),
             plan.config.cluster,
             plan.output,
+            partial(finished, shared),
             on_report=watch,
             shared=shared,
         )
@@ -110,11 +113,9 @@ def run_ray_trial(
     make_pool: Callable[..., LedgerExecutor],
     report: Callable[[int, Mapping[str, float]], None],
     shared: Shared,
-) -> dict[str, Any]:
+) -> None:
     """What a Tune trial runs."""
-    from raycompress.trial import run_trial
-
-    return run_trial(payload, lambda ledger: make_pool(ledger=ledger), report, shared)
+    run_trial(payload, lambda ledger: make_pool(ledger=ledger), report, shared)
 
 
 def validate(job: JobConfig | Mapping[str, Any] | str | Path, *, tracking: bool = True) -> Plan:

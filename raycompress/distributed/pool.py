@@ -16,7 +16,7 @@ import ray
 
 from raycompress.config import ClusterConfig
 from raycompress.distributed.cluster import bundle, check_feasible
-from raycompress.distributed.slots import Slot, loss_reason, wait_ready
+from raycompress.distributed.slots import NODE_LOST, Slot, loss_reason, wait_ready
 from raycompress.distributed.spec import PackedWeights, PoolSpec, SharedSpec
 from raycompress.errors import EvaluationError
 from raycompress.executor import LedgerExecutor
@@ -276,11 +276,14 @@ class ReplicaPool(LedgerExecutor):
     def _lose(
         self, slot: Slot, reason: str, waiting: deque[int], losses: Counter[int]
     ) -> Iterator[tuple[int, UnitResult]]:
-        """Replaces a replica; its running unit is charged, the one behind it is not."""
+        """Replaces a replica; its running unit is charged, the one behind it is not.
+
+        Nor is any with the loss of a whole node, of which there may be any number in a long job.
+        """
         indices = list(slot.in_flight.values())
         self._replace(slot, reason)
         for position, index in enumerate(indices):
-            losses[index] += position == 0
+            losses[index] += position == 0 and reason != NODE_LOST
             if losses[index] < MAX_LOSSES:
                 # Behind the others if it may be the cause: the search goes on meanwhile.
                 waiting.append(index) if position == 0 else waiting.appendleft(index)

@@ -20,9 +20,11 @@ from raycompress.host import MAX_BUILT
 from raycompress.search import Candidate
 from raycompress.units import HostInfo, Unit
 
-__all__ = ["Slot", "loss_reason", "wait_ready"]
+__all__ = ["NODE_LOST", "Slot", "loss_reason", "wait_ready"]
 
 SETUP_ATTEMPTS = 3
+NODE_LOST = "its node was lost"
+"""Why a replica was lost that can't be its unit's fault."""
 
 
 @dataclass(eq=False)
@@ -242,6 +244,8 @@ def loss_reason(error: Exception) -> str:
         cause = _cause(error)
         return f"{type(cause).__name__}: {cause}".splitlines()[0]
     text = " ".join(str(error).split())
+    if "node has died" in text:
+        return NODE_LOST
     # Ray names the OOM killer as a possible cause of any death: only its own monitor's word counts.
     if isinstance(error, ray.exceptions.OutOfMemoryError) or "low on memory" in text:
         return "its process was killed for lack of memory"

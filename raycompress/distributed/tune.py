@@ -1,8 +1,8 @@
 """Ray Tune runs each pruner's search as one trial, with its replicas in one placement group.
 
-Tune schedules and restarts; it holds no state of ours. What is done is known by a marker file of
-each trial below the output, written by the trial itself; what was evaluated is in the ledger. So a
-restarted job makes a new Tuner, and no pickle of Tune's is ever read.
+Tune schedules and restarts; it holds no state of ours. What is done is known by the marker that
+each trial leaves when it has finished; what was evaluated is in the ledger. So a restarted job
+makes a new Tuner, and no pickle of Tune's is ever read.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,18 +26,23 @@ from raycompress.config import ClusterConfig
 from raycompress.distributed.cluster import bundle, check_feasible
 from raycompress.distributed.pool import ReplicaPool
 from raycompress.distributed.spec import PoolSpec, SharedSpec, TrialSpec, import_object
-from raycompress.errors import EvaluationError, InputError
-from raycompress.search import digest_of
+from raycompress.errors import ClusterError, EvaluationError, InputError
 
 __all__ = ["TrialSpec", "run_samples", "run_trials"]
 
 _log = logging.getLogger(__name__)
 
 MAX_RETRIES = 2
-"""Restarts of a trial whose process was lost or raised; replay makes them cheap."""
+"""Restarts of a trial whose process was lost or raised, without a new step in between.
+
+Replay makes them cheap, and a trial that comes further each time may lose any number of nodes.
+"""
 
 OnReport = Callable[[str, int, Mapping[str, float]], bool | None]
 """Called with (trial, step, metrics); True: the trial is to stop."""
+
+Finished = Callable[[Mapping[str, Any]], dict[str, Any] | None]
+"""The result that a trial with this payload has left as its marker; None: it hasn't finished."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,7 @@ def run_trials(
     pool: PoolSpec,
     cluster: ClusterConfig,
     output: str | Path,
+    finished: Finished,
     *,
     on_report: OnReport | None = None,
     shared: Any = None,
@@ -66,13 +73,14 @@ def run_trials(
     Args:
         specs: The trials.
         run: Import path "package.module:function" of what a trial does:
-            `run(payload, make_pool, report, shared) -> result`. `make_pool(ledger=None,
-            progress=None)` gives a `ReplicaPool` in the trial's placement group, a context manager;
-            `report(step, metrics)` sends numbers to the driver; `shared` is read-only; the result
-            is a dict that JSON can hold.
+            `run(payload, make_pool, report, shared)`. `make_pool(ledger=None, progress=None)` gives
+            a `ReplicaPool` in the trial's placement group, a context manager; `report(step,
+            metrics)` sends numbers to the driver; `shared` is read-only. It leaves its result where
+            `finished` finds it; what it returns is dropped.
         pool: What the replicas host.
         cluster: Resources and deadlines.
-        output: The job's folder; Tune's own files and the markers go below `<output>/tune`.
+        output: The job's folder; Tune's own files go below `<output>/tune`.
+        finished: Looks for the marker of a trial.
         on_report: Called in the driver with (trial, step, metrics), for each step of a trial once
             and in order, also where a trial was restarted and replayed; True stops the trial.
         shared: For all trials; put into the object store once.
@@ -82,19 +90,18 @@ def run_trials(
         that were stopped are in neither.
 
     Raises:
-        ClusterError: A trial can never fit the cluster.
+        ClusterError: A trial can never fit the cluster, or not any more.
         KeyboardInterrupt: SIGINT or SIGTERM; the trials have been stopped.
     """
     folder = Path(output).absolute() / "tune"
     by_name = {spec.name: spec for spec in specs}
     if len(by_name) != len(specs):
         raise ValueError("names of trials must differ")
-    results = {name: _marker(folder, spec) for name, spec in by_name.items()}
+    results = {name: finished(spec.payload) for name, spec in by_name.items()}
     missing = [name for name, result in results.items() if result is None]
     failures: dict[str, str] = {}
     if missing:
-        replicas = [bundle(cluster)] * cluster.replicas
-        check_feasible(replicas, f"a trial with {cluster.replicas} replicas doesn't fit")
+        _check_room(cluster)
         common = _Common(
             run,
             {name: by_name[name] for name in missing},
@@ -104,7 +111,7 @@ def run_trials(
             ray.put(shared),
         )
         errors, stopped = _fit(common, None, on_report)
-        results |= {name: _marker(folder, by_name[name]) for name in missing}
+        results |= {name: finished(by_name[name].payload) for name in missing}
         failures = {
             name: errors.get(name, "it never finished")
             for name in missing
@@ -121,6 +128,7 @@ def run_samples(
     pool: PoolSpec,
     cluster: ClusterConfig,
     output: str | Path,
+    finished: Finished,
     *,
     on_report: OnReport | None = None,
     shared: Any = None,
@@ -136,18 +144,18 @@ def run_samples(
         pool: What the replicas host.
         cluster: Resources and deadlines.
         output: The job's folder.
+        finished: Looks for the marker of a trial.
         on_report: Called in the driver with (trial, step, metrics); True stops the trial.
         shared: For all trials.
 
     Raises:
-        ClusterError: A trial can never fit the cluster.
+        ClusterError: A trial can never fit the cluster, or not any more.
         KeyboardInterrupt: SIGINT or SIGTERM; the trials have been stopped.
     """
     folder = Path(output).absolute() / "tune"
     if num_samples == 0:
         return
-    replicas = [bundle(cluster)] * cluster.replicas
-    check_feasible(replicas, f"a trial with {cluster.replicas} replicas doesn't fit")
+    _check_room(cluster)
     common = _Common(run, {}, pool.share(), cluster, str(folder), ray.put(shared))
     specs: dict[str, TrialSpec] = {}
 
@@ -159,9 +167,9 @@ def run_samples(
         return spec
 
     def ended(name: str) -> None:
-        path = _error(folder, name)
-        failure = json.loads(path.read_text())["error"] if path.exists() else None
-        tell(name, _marker(folder, specs[name]), failure)
+        path, result = _error(folder, name), finished(specs[name].payload)
+        failed = result is None and path.exists()  # also where only an earlier attempt did
+        tell(name, result, json.loads(path.read_text())["error"] if failed else None)
 
     from raycompress.distributed.searcher import GivenOut
 
@@ -212,7 +220,7 @@ def _fit(
                 storage_path=common.output,
                 verbose=0,
                 failure_config=tune.FailureConfig(max_failures=MAX_RETRIES),
-                callbacks=[_callback(stopped)],
+                callbacks=[_callback(stopped, common.cluster)],
             ),
         )
         grid = tuner.fit()
@@ -221,7 +229,10 @@ def _fit(
     errors = {}
     for result in (grid[i] for i in range(len(grid))):
         if result.error is not None:
-            errors[str((result.config or {})["name"])] = str(result.error).strip().splitlines()[-1]
+            reason = str(result.error).strip().splitlines()[-1]
+            errors[str((result.config or {})["name"])] = (
+                f"its process was lost {MAX_RETRIES + 1} times without a new step: {reason}"
+            )
     for name in names:
         path = _error(folder, name)
         if path.exists():
@@ -248,33 +259,24 @@ def _trial(config: Mapping[str, Any], common: _Common) -> None:
     make_pool = partial(ReplicaPool, common.spec, common.cluster, reserved=True)
     try:
         run = import_object(common.run)
-        result = run(dict(spec.payload), make_pool, report, ray.get(common.shared))
+        run(dict(spec.payload), make_pool, report, ray.get(common.shared))
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
         _write(_error(folder, spec.name), {"error": text})
-        if isinstance(error, InputError | EvaluationError):
-            return  # it would fail again
+        lasting = isinstance(error, InputError | EvaluationError)
+        if lasting and not isinstance(error, ClusterError):  # nodes come back
+            return
         raise
-    _write(
-        folder / f"{spec.name}.finished.json",
-        {"run": common.run, "payload": digest_of(dict(spec.payload)), "result": result},
-    )
 
 
 def _error(folder: Path, name: str) -> Path:
     return folder / f"{name}.error.json"
 
 
-def _marker(folder: Path, spec: TrialSpec) -> dict[str, Any] | None:
-    """The result of a finished trial; None if it isn't, or if it was asked something else."""
-    try:
-        content = json.loads((folder / f"{spec.name}.finished.json").read_text())
-    except FileNotFoundError:
-        return None
-    if content["payload"] != digest_of(dict(spec.payload)):
-        return None
-    result: dict[str, Any] = content["result"]
-    return result
+def _check_room(cluster: ClusterConfig) -> None:
+    """Raises a ClusterError if a trial can't fit the cluster's nodes, busy or not."""
+    replicas = [bundle(cluster)] * cluster.replicas
+    check_feasible(replicas, f"a trial with {cluster.replicas} replicas doesn't fit")
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
@@ -317,10 +319,12 @@ def _watch(on_report: OnReport | None) -> Any:
 
         def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
             name, step = _name(trial), result.get("step")
-            if on_report is None or step is None or step <= self.last.get(name, -1):
+            if step is None or step <= self.last.get(name, -1):
                 return str(TrialScheduler.CONTINUE)
             self.last[name] = step
-            if on_report(name, step, {key: result[key] for key in result["reported"]}):
+            trial.max_failures = trial.num_failures + MAX_RETRIES
+            metrics = {key: result[key] for key in result["reported"]}
+            if on_report is not None and on_report(name, step, metrics):
                 self.stopped.add(name)
                 return str(TrialScheduler.STOP)
             return str(TrialScheduler.CONTINUE)
@@ -328,23 +332,39 @@ def _watch(on_report: OnReport | None) -> Any:
     return Watch()
 
 
-def _callback(stopped: threading.Event) -> Any:
+def _callback(stopped: threading.Event, cluster: ClusterConfig) -> Any:
     from ray import tune
 
-    class Signals(tune.Callback):
-        """Passes on a signal that came before Tune's handler stood."""
+    class Overseer(tune.Callback):
+        """Looks, at each of Tune's steps, for what Tune itself would never end at.
+
+        A signal that came before Tune's handler stood; and trials that wait for nodes which are
+        gone: Tune waits for ever.
+        """
+
+        def __init__(self) -> None:
+            self.idle_since: float | None = None
 
         def __reduce__(self) -> tuple[Any, ...]:
             return (tune.Callback, ())  # an event can't be pickled
 
-        def __deepcopy__(self, memo: dict[int, Any]) -> Signals:
+        def __deepcopy__(self, memo: dict[int, Any]) -> Overseer:
             return self
 
         def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
             if stopped.is_set():
                 os.kill(os.getpid(), signal.SIGUSR1)
+            states = {trial.status for trial in trials}
+            if "RUNNING" in states or "PENDING" not in states:
+                self.idle_since = None
+                return
+            now = time.monotonic()
+            self.idle_since = self.idle_since or now
+            if now - self.idle_since > cluster.start_timeout:
+                _check_room(cluster)
+                self.idle_since = now  # there is room, which others hold, or a process that starts
 
-    return Signals()
+    return Overseer()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -89,7 +90,7 @@ def run_search_trial(
     make_pool: Callable[..., Any],
     report: Callable[[int, Mapping[str, float]], None],
     shared: Mapping[str, Any],
-) -> dict[str, Any]:
+) -> None:
     """Evaluates candidates of several widths, one step for each; a trial as the job layer's are."""
     ranking: Ranking = shared["ranking"]
     name = next(iter(ranking.orders))
@@ -109,4 +110,16 @@ def run_search_trial(
             report(step, {"score": trial.score, "count": float(count)})
     if payload.get("fail"):
         raise RuntimeError("the trial's own words")
-    return {"scores": scores, "num_evaluated": pool.num_evaluated}
+    result = {"scores": scores, "num_evaluated": pool.num_evaluated}
+    marker(payload).write_text(json.dumps(result))
+
+
+def marker(payload: Mapping[str, Any]) -> Path:
+    """What such a trial leaves when it has finished."""
+    return Path(payload["ledger"]) / f"{payload['part']}.finished.json"
+
+
+def finished(payload: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Its result."""
+    path = marker(payload)
+    return json.loads(path.read_text()) if path.exists() else None

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import os
 import signal
 import threading
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import Toy, wait_for
+from ray_tasks import finished
 
 from raycompress.config import ClusterConfig
 from raycompress.distributed.tune import TrialSpec, run_samples, run_trials
@@ -44,6 +44,7 @@ def test_trials_report_in_order_and_are_not_run_twice(
         toy.spec(),
         few(2),
         toy.folder / "job",
+        finished,
         on_report=lambda *report: reports.append(report),
         shared=shared(toy),
     )
@@ -60,7 +61,9 @@ def test_trials_report_in_order_and_are_not_run_twice(
     assert not (toy.folder / "job" / "tune" / "one.error.json").exists()
 
     start = time.monotonic()
-    again = run_trials(specs, RUN, toy.spec(), few(2), toy.folder / "job", shared=shared(toy))
+    again = run_trials(
+        specs, RUN, toy.spec(), few(2), toy.folder / "job", finished, shared=shared(toy)
+    )
     assert again == (results, {}) and time.monotonic() - start < 1
     assert len(read_ledger(toy.folder / "ledger")) == 6
 
@@ -83,6 +86,7 @@ def test_a_killed_trial_replays_and_evaluates_nothing_twice(toy: Toy, few: Few) 
         toy.spec(),
         few(1),
         toy.folder / "job",
+        finished,
         on_report=lambda name, step, metrics: steps.append(step),
         shared=shared(toy),
     )
@@ -97,19 +101,23 @@ def test_a_killed_trial_replays_and_evaluates_nothing_twice(toy: Toy, few: Few) 
 def test_a_failing_trial_says_why_and_the_others_finish(toy: Toy, few: Few) -> None:
     specs = [trial(toy, "bad", [3], fail=True), trial(toy, "good", [4])]
     results, failures = run_trials(
-        specs, RUN, toy.spec(), few(1), toy.folder / "job", shared=shared(toy)
+        specs, RUN, toy.spec(), few(1), toy.folder / "job", finished, shared=shared(toy)
     )
     assert failures == {"bad": "RuntimeError: the trial's own words"}
-    marker = json.loads((toy.folder / "job" / "tune" / "good.finished.json").read_text())
-    assert results == {"good": marker["result"]} and marker["result"]["num_evaluated"] == 1
+    assert results == {"good": finished(specs[1].payload)}
+    assert results["good"]["num_evaluated"] == 1 and finished(specs[0].payload) is None
 
 
 def test_what_cannot_fit_or_be_made_fails_at_once(toy: Toy, few: Few) -> None:
     specs = [trial(toy, "t", [3])]
     with pytest.raises(ClusterError, match=r"a trial with 40 replicas doesn't fit: they need 20"):
-        run_trials(specs, RUN, toy.spec(), few(40), toy.folder / "job", shared=shared(toy))
+        run_trials(
+            specs, RUN, toy.spec(), few(40), toy.folder / "job", finished, shared=shared(toy)
+        )
     broken = toy.spec("ray_tasks:BrokenTask")
-    _, failures = run_trials(specs, RUN, broken, few(1), toy.folder / "job", shared=shared(toy))
+    _, failures = run_trials(
+        specs, RUN, broken, few(1), toy.folder / "job", finished, shared=shared(toy)
+    )
     assert failures["t"].startswith("TaskError: ") and "no data here" in failures["t"]
 
 
@@ -133,6 +141,7 @@ def test_trials_are_asked_for_one_by_one_told_and_stopped(toy: Toy, few: Few) ->
         toy.spec(),
         few(1, max_concurrent=1),
         toy.folder / "job",
+        finished,
         on_report=report,
         shared=shared(toy),
     )
@@ -158,7 +167,9 @@ def test_signals_stop_the_trials_and_the_next_run_goes_on(
     thread = threading.Thread(target=interrupt)
     thread.start()
     with pytest.raises(KeyboardInterrupt):
-        run_trials([spec], RUN, toy.spec(), few(1), toy.folder / "job", shared=shared(toy))
+        run_trials(
+            [spec], RUN, toy.spec(), few(1), toy.folder / "job", finished, shared=shared(toy)
+        )
     thread.join()
     assert signal.getsignal(number) is before
     pid = int(pid_file.read_text())
@@ -166,7 +177,9 @@ def test_signals_stop_the_trials_and_the_next_run_goes_on(
     while Path(f"/proc/{pid}/cmdline").exists() and b"ray::" in _cmdline(pid):
         assert time.monotonic() < end, "the trial's process is still there"
         time.sleep(0.1)
-    results, _ = run_trials([spec], RUN, toy.spec(), few(1), toy.folder / "job", shared=shared(toy))
+    results, _ = run_trials(
+        [spec], RUN, toy.spec(), few(1), toy.folder / "job", finished, shared=shared(toy)
+    )
     assert results["t"]["num_evaluated"] == 2  # 3 was in the ledger
 
 

@@ -51,7 +51,7 @@ def test_samples_are_those_of_the_local_executor_and_run_once(tmp_path: Path) ->
     first = run(job(tmp_path / "ray"))
     assert points(first) == points(local)[:3] and first.trials[0].budget_met
     before = {r["key"] for r in read_ledger(tmp_path / "ray" / "ledger")}
-    markers = sorted((tmp_path / "ray" / "tune").glob("*.finished.json"))
+    markers = sorted((tmp_path / "ray" / "trials").glob("*/result.json"))
     times = {path: path.stat().st_mtime_ns for path in markers}
     again = run(job(tmp_path / "ray", tune={"num_samples": 4}))
     assert points(again) == points(local)
@@ -84,7 +84,6 @@ def test_hopeless_trials_are_stopped_by_their_curves(tmp_path: Path) -> None:
         marker = json.loads((tmp_path / "trials" / trial.name / "result.json").read_text())
         assert marker["stopped"] == trial.stopped
         assert marker["score"] == trial.curve[-1].best_score
-        assert not (tmp_path / "tune" / f"{trial.name}.finished.json").exists()
     before = read_ledger(tmp_path / "ledger")
     again = run(sweep)
     assert [t.stopped for t in again.trials] == [t.stopped for t in result.trials]
