@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from raycompress.errors import ConfigError, EvaluationError
 from raycompress.quantization.bias_correction import add_biases, correct_biases
+from raycompress.quantization.equalize import equalize
 from raycompress.quantization.fake_quant import FakeQuantize, check_bits
 from raycompress.quantization.layers import in_float, quantized_layers
 from raycompress.quantization.observers import OBSERVERS, Observer, Percentile
@@ -42,6 +43,8 @@ class PTQ(Quantizer):
         percentile: Percent of the values at either end that "percentile" keeps, in (50, 100].
         bias_correction: Take the mean that rounding adds to a layer's outputs from its bias
             (1906.04721, section 4.2); a layer without a bias gets one.
+        equalize: Scale channels between two layers so that their weights' ranges are alike
+            (1906.04721, section 4.1), which helps where `per_channel` is false.
     """
 
     weight_bits: int = 8
@@ -51,6 +54,7 @@ class PTQ(Quantizer):
     observer: str = "mse"
     percentile: float = 99.99
     bias_correction: bool = False
+    equalize: bool = False
 
     parts: ClassVar[tuple[str, ...]] = ("weight", "input", "output")
     trains: ClassVar[Literal["no", "optional", "yes"]] = "no"
@@ -93,6 +97,8 @@ class PTQ(Quantizer):
         model.eval()
         try:
             with torch.no_grad():
+                if self.equalize:
+                    equalize(model, forward, batches[0])
                 self._set_ranges(model, forward, batches)
                 if self.bias_correction:
                     correct_biases(model, forward, batches)

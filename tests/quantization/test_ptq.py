@@ -72,7 +72,7 @@ def test_ranges_by_hand() -> None:
 
 
 @pytest.mark.parametrize("observer", OBSERVERS)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(seed=st.integers(0, 99), bits=st.integers(2, 8), shift=st.floats(-3, 3))
 def test_ranges_hold_zero_exactly(observer: str, seed: int, bits: int, shift: float) -> None:
     model = nn.Sequential(nn.Linear(4, 3))
