@@ -288,13 +288,17 @@ class TrackingConfig:
             no tracking.
         experiment: Name of the MLflow experiment; None: the job's name.
         registered_model: Also register the slim model under this name.
+        wait: Seconds that a job which is done waits for a store that is away.
     """
 
     uri: str | None = None
     experiment: str | None = None
     registered_model: str | None = None
+    wait: float = 60.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.wait < math.inf:
+            raise ConfigError(f"tracking.wait must be at least 0 seconds, got {self.wait}")
         name = self.registered_model
         if name is not None and (not name.strip() or set(name) & set("/:") or len(name) > 250):
             raise ConfigError(

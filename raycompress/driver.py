@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from raycompress.config import JobConfig
-from raycompress.errors import ConfigError, InterruptedJob
+from raycompress.errors import ConfigError, InterruptedJob, TrackingError
 from raycompress.executor import LedgerExecutor
 from raycompress.job import Backend, LocalBackend, run_job
 from raycompress.ledger import Ledger, scan_ledger
@@ -20,7 +20,7 @@ from raycompress.loading import job_key, load_job, parse_job
 from raycompress.output import check_changes, keep_job, lock
 from raycompress.plan import Plan, StudyPlan, prepare
 from raycompress.progress import Progress, SilentProgress
-from raycompress.publish import check_tracking, open_tracker, publish
+from raycompress.publish import check_tracking, open_tracker, publish, unpublished
 from raycompress.results import JobResult, SampleRow
 from raycompress.tracking.base import Status, Tracker
 from raycompress.trial import Shared, finished, run_trial
@@ -157,6 +157,7 @@ def run(
         InputError: The job can't work; nothing was started.
         RaycompressError: It failed.
         InterruptedJob: It was stopped by a signal.
+        UnpublishedJob: It is done, but the tracking store was away, or refused results.
     """
     plan = validate(job)
     shown = progress if progress is not None else SilentProgress()
@@ -183,8 +184,7 @@ def _run(plan: Plan, progress: Progress, stack: ExitStack) -> JobResult:
     if kept:
         progress.message(f"Continues: {kept} finished units of work are in {plan.output}")
     progress.stage("Open the tracking store")
-    tracker = open_tracker(plan, job_key(config))
-    status = "FAILED"
+    tracker = open_tracker(plan, job_key(config), progress.message)
     try:
         backend = backend_of(config, progress, stack)
 
@@ -198,13 +198,22 @@ def _run(plan: Plan, progress: Progress, stack: ExitStack) -> JobResult:
         result, _ = run_job(plan, backend, progress, report, on_sample)
         progress.stage("Publish")
         result = publish(plan, result, tracker)
-        status = "FINISHED"
+        try:
+            tracker.finish("FINISHED")
+        except TrackingError as error:
+            raise unpublished(plan, error) from error
         return result
-    except KeyboardInterrupt:
-        status = "KILLED"
+    except BaseException as error:
+        _end(tracker, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", progress)
         raise
-    finally:
-        tracker.finish(status)  # type: ignore[arg-type]
+
+
+def _end(tracker: Tracker, status: Status, progress: Progress) -> None:
+    """Ends the runs of a job that isn't done; why it isn't matters more than a store's trouble."""
+    try:
+        tracker.finish(status)
+    except TrackingError as error:
+        progress.message(f"{error}; its run may stand there as RUNNING until the job continues")
 
 
 def backend_of(config: JobConfig, progress: Progress, stack: ExitStack) -> Backend:

@@ -11,7 +11,8 @@ RaycompressError
 ├── ArtifactError           a saved model is damaged, hostile, or of another class
 ├── VerificationError       the slim model doesn't compute what the masked one does
 ├── EvaluationError         candidates failed, or their replicas were lost too often
-└── InterruptedJob          stopped by a signal; the same command continues
+├── InterruptedJob          stopped by a signal; the same command continues
+└── UnpublishedJob          done, but not logged; the same command logs it
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ __all__ = [
     "StructureError",
     "TaskError",
     "TrackingError",
+    "UnpublishedJob",
     "VerificationError",
 ]
 
@@ -82,5 +84,11 @@ class EvaluationError(RaycompressError):
 
 class InterruptedJob(RaycompressError):
     """Stopped by a signal; the same command continues. Exit code 75 (EX_TEMPFAIL)."""
+
+    exit_code = 75
+
+
+class UnpublishedJob(RaycompressError):
+    """Done, but the tracking store lacks results; the same command logs them. Exit code 75."""
 
     exit_code = 75

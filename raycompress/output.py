@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import socket
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -19,7 +20,7 @@ from raycompress.loading import NOT_RESULTS, build_pruner, parse_job
 from raycompress.source import Source, plain, to_yaml
 from raycompress.wording import KeyPath, dotted, shown
 
-__all__ = ["check_changes", "keep_job", "lock"]
+__all__ = ["check_changes", "keep_job", "lock", "own_id"]
 
 LISTS = ("pruners", "budgets", "seeds")
 """Keys whose lists may grow: what was found for the entries that stay is still true."""
@@ -62,6 +63,16 @@ def keep_job(config: JobConfig, output: Path) -> None:
     temporary = output / ".job.yaml.partial"
     temporary.write_text(to_yaml(hidden(asdict(config))))
     os.replace(temporary, output / "job.yaml")
+
+
+def own_id(output: Path) -> str:
+    """What tells an output folder's runs from those of others that hold the same job."""
+    path = output / "id"
+    if not path.exists():
+        temporary = output / ".id.partial"
+        temporary.write_text(uuid.uuid4().hex[:12])
+        os.replace(temporary, path)
+    return path.read_text()
 
 
 def check_changes(config: JobConfig, output: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +13,17 @@ import pyarrow.parquet
 
 from raycompress.artifacts import save
 from raycompress.config import JobConfig
-from raycompress.errors import ArtifactError, RaycompressError, VerificationError
+from raycompress.errors import (
+    ArtifactError,
+    RaycompressError,
+    TrackingError,
+    UnpublishedJob,
+    VerificationError,
+)
 from raycompress.hiding import hidden
 from raycompress.ledger import scan_ledger
 from raycompress.measured import final_model
+from raycompress.output import own_id
 from raycompress.pareto import Point
 from raycompress.plan import Plan
 from raycompress.points import read_table
@@ -29,10 +36,11 @@ from raycompress.tracking.figures import (
     search_figure,
     sensitivity_figure,
 )
+from raycompress.tracking.patient import PatientTracker
 from raycompress.tracking.report import report_markdown
 from raycompress.weights import WeightStore
 
-__all__ = ["check_tracking", "open_tracker", "publish"]
+__all__ = ["check_tracking", "open_tracker", "publish", "unpublished"]
 
 
 def check_tracking(config: JobConfig) -> None:
@@ -43,62 +51,118 @@ def check_tracking(config: JobConfig) -> None:
     check(uri)
 
 
-def open_tracker(plan: Plan, key: str) -> Tracker:
-    """The job's run; the same job continues the same run."""
+def open_tracker(plan: Plan, key: str, tell: Callable[[str], None]) -> Tracker:
+    """The job's run; the same job in the same output continues the same run.
+
+    Args:
+        plan: The job.
+        key: Digest of what its results depend on.
+        tell: Told when the store goes away and when it is back.
+
+    Raises:
+        TrackingError: The store can't be used.
+    """
     tracking = plan.config.tracking
     if tracking.uri == "none":
         return NoTracker()
     from raycompress.tracking.mlflow import MlflowTracker
 
-    tracker = MlflowTracker.start(
-        uri=tracking.uri,
-        experiment=tracking.experiment,
-        output=plan.output,
-        job_name=plan.config.name,
-        job_key=key,
+    tracker = PatientTracker.of(
+        MlflowTracker.start(
+            uri=tracking.uri,
+            experiment=tracking.experiment,
+            output=plan.output,
+            job_name=plan.config.name,
+            job_key=f"{key}-{own_id(plan.output)}",
+        ),
+        lambda: check_tracking(plan.config),
+        tell,
+        tracking.wait,
     )
     tracker.log_params(_params(plan))
     return tracker
 
 
 def publish(plan: Plan, result: JobResult, tracker: Tracker) -> JobResult:
-    """Writes files and figures, logs everything, and returns the result with its addresses."""
+    """Writes files and figures, logs everything, and returns the result with its addresses.
+
+    Files come first: they are whole whatever becomes of the store. Publishing again what the store
+    has changes nothing in it.
+
+    Raises:
+        UnpublishedJob: The store refuses something, or stays away.
+    """
     folder = plan.output / "results"
     folder.mkdir(parents=True, exist_ok=True)
+    store = WeightStore(plan.output / "weights")
+    notes = list(result.notes)
+    for trial in result.trials:
+        if not trial.rows:
+            continue
+        kept = {name: count for name, count, _ in trial.counts}
+        model = final_model(plan, store.get(trial.weights))
+        try:
+            save(model, folder / trial.name / "model.safetensors", kept=kept)
+        except ArtifactError as error:
+            notes.append(f"{trial.name}: no model.safetensors: {error}")
+    result = replace(result, notes=tuple(notes))
+    write_candidates(plan, folder / "candidates.parquet")
+    if result.samples:
+        write_samples(result, folder / "samples.csv")
+    points = read_table(folder / "pareto.parquet")[0] if result.trials else []
+    figures = _write_figures(result, points, folder / "figures")
+    _write_texts(result, folder)
+    try:
+        result = _log_models(plan, result, tracker, store)
+        _write_texts(result, folder)
+        _log(plan, result, tracker, figures)
+    except TrackingError as error:
+        raise unpublished(plan, error) from error
+    return result
+
+
+def unpublished(plan: Plan, error: TrackingError) -> UnpublishedJob:
+    """What to say of a job that is done while its store isn't."""
+    return UnpublishedJob(
+        f"the job is done and its results are in {plan.output}/results, but not all of them are in "
+        f"the tracking store: {error}; when it answers again, the same command logs what is missing"
+    )
+
+
+def _write_texts(result: JobResult, folder: Path) -> None:
+    (folder / "summary.json").write_text(result.to_json())
+    (folder / "report.md").write_text(report_markdown(result))
+
+
+def _log_models(plan: Plan, result: JobResult, tracker: Tracker, store: WeightStore) -> JobResult:
+    """Logs all of the trials; the result with their addresses."""
     tracking = plan.config.tracking
     uri = "" if tracking.uri == "none" else (tracking.uri or f"sqlite:///{plan.output}/mlflow.db")
-    store = WeightStore(plan.output / "weights")
     trials = []
     notes = list(result.notes)
     for trial in result.trials:
         child = tracker.child(trial.name)
         child.log_params({"pruner": trial.pruner, "budget": trial.budget, "seed": trial.seed})
-        if not trial.rows:
+        address = ""
+        if trial.rows:
+            model = final_model(plan, store.get(trial.weights))
+            registered = tracking.registered_model if trial.name == result.best else None
+            try:
+                address = child.log_model(model, plan.task.example_inputs(), registered)
+            except (TrackingError, VerificationError):
+                raise
+            except RaycompressError as error:
+                # All else of the trial is sound: the weights are in the store.
+                notes.append(f"{trial.name}: no exported model: {error}")
+            child.log_artifact(plan.output / "results" / trial.name)
+            child.log_metrics(_metrics(trial))
+            child.finish("FINISHED")
+        else:
             child.log_metrics({"search/dfe": trial.dfe, "search/seconds": trial.seconds})
             child.finish("FAILED" if trial.failure is not None else "KILLED")
-            trials.append(replace(trial, run_id=child.run_id))
-            continue
-        model = final_model(plan, store.get(trial.weights))
-        registered = tracking.registered_model if trial.name == result.best else None
-        try:
-            address = child.log_model(model, plan.task.example_inputs(), registered)
-        except VerificationError:
-            raise
-        except RaycompressError as error:
-            # All else of the trial is sound: the weights are in the store, and the reason is told.
-            address = ""
-            notes.append(f"{trial.name}: no exported model: {error}")
-        kept = {name: count for name, count, _ in trial.counts}
-        try:
-            save(model, folder / trial.name / "model.safetensors", kept=kept)
-        except ArtifactError as error:
-            notes.append(f"{trial.name}: no model.safetensors: {error}")
-        child.log_artifact(folder / trial.name)
-        child.log_metrics(_metrics(trial))
-        child.finish("FINISHED")
         trials.append(replace(trial, model=address, run_id=child.run_id))
     best = next((t for t in trials if t.name == result.best), None)
-    result = replace(
+    return replace(
         result,
         trials=tuple(trials),
         notes=tuple(notes),
@@ -106,19 +170,17 @@ def publish(plan: Plan, result: JobResult, tracker: Tracker) -> JobResult:
         run_id=tracker.run_id,
         model_uri="" if best is None else best.model,
     )
-    (folder / "summary.json").write_text(result.to_json())
-    write_candidates(plan, folder / "candidates.parquet")
-    if result.samples:
-        for row in result.samples:
-            if row.state == "failed":  # also those that were lost
-                tracker.child(row.name).finish("FAILED")
-        write_samples(result, folder / "samples.csv")
-        tracker.log_artifact(folder / "samples.csv")
-    (folder / "report.md").write_text(report_markdown(result))
+
+
+def _log(plan: Plan, result: JobResult, tracker: Tracker, figures: Sequence[Path]) -> None:
+    """Logs all of the job's own run."""
+    folder = plan.output / "results"
+    for row in result.samples:
+        if row.state == "failed":  # also those that were lost
+            tracker.child(row.name).finish("FAILED")
     tracker.describe(report_markdown(result))
-    points = read_table(folder / "pareto.parquet")[0] if result.trials else []
-    figures = _write_figures(result, points, folder / "figures")
     tracker.log_metrics({f"dense/{k}": v for k, v in _row_metrics(result.dense).items()})
+    best = next((t for t in result.trials if t.name == result.best), None)
     if best is not None:
         tracker.log_metrics(_metrics(best))
     tracker.log_metrics(
@@ -126,11 +188,10 @@ def publish(plan: Plan, result: JobResult, tracker: Tracker) -> JobResult:
     )
     for path in (folder / "summary.json", folder / "report.md", plan.output / "job.yaml"):
         tracker.log_artifact(path)
-    for path in (*sorted(folder.glob("*.parquet")), *sorted(folder.glob("sensitivity.csv"))):
+    for path in (*sorted(folder.glob("*.parquet")), *sorted(folder.glob("s*.csv"))):
         tracker.log_artifact(path)
     for path in figures:
         tracker.log_artifact(path, "figures")
-    return result
 
 
 def write_candidates(plan: Plan, path: Path) -> None:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from torch import nn
 
-__all__ = ["NoTracker", "Status", "Tracker"]
+from raycompress.errors import TrackingError
+
+__all__ = ["NoTracker", "Point", "Refused", "Status", "Tracker"]
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
+Point = tuple[int, float, Mapping[str, float]]
+"""Of a curve: step, time in seconds since 1970, figures."""
+
+
+class Refused(TrackingError):
+    """The tracking store answers, and refuses; asking again would change nothing."""
 
 
 class Tracker(Protocol):
@@ -27,10 +35,10 @@ class Tracker(Protocol):
         """Settings; logging one anew changes nothing."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Figures, at a step of a curve or (None) as the run's own.
+        """Figures, at a step of a curve or (None) as the run's own."""
 
-        A step that a continued run holds already is not logged twice.
-        """
+    def log_curve(self, points: Sequence[Point]) -> None:
+        """Steps of a curve; one that a continued run holds already is not logged twice."""
 
     def log_artifact(self, path: Path, folder: str = "") -> None:
         """A file or a folder of files."""
@@ -60,6 +68,9 @@ class NoTracker:
         """Nothing."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Nothing."""
+
+    def log_curve(self, points: Sequence[Point]) -> None:
         """Nothing."""
 
     def log_artifact(self, path: Path, folder: str = "") -> None:

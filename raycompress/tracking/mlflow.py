@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,23 @@ from torch import Tensor, nn
 from raycompress.artifacts.export import Inputs, compare, first_line, portable
 from raycompress.errors import RaycompressError, TrackingError, VerificationError
 from raycompress.tracking.address import artifact_place, check, masked, masked_uri
-from raycompress.tracking.base import Status
+from raycompress.tracking.base import Point, Refused, Status
 from raycompress.weights import Weights, digest_of_state
 
 __all__ = ["MlflowTracker", "ui_command"]
 
 WEIGHTS_TAG = "raycompress.weights"
+REFUSALS = (
+    "BAD_REQUEST",
+    "CUSTOMER_UNAUTHORIZED",
+    "INVALID_PARAMETER_VALUE",
+    "INVALID_STATE",
+    "PERMISSION_DENIED",
+    "RESOURCE_ALREADY_EXISTS",
+    "RESOURCE_DOES_NOT_EXIST",
+    "UNAUTHENTICATED",
+)
+"""MLflow's codes for what it would answer again."""
 
 for _name in ("mlflow", "alembic"):
     logging.getLogger(_name).setLevel(logging.ERROR)
@@ -86,7 +97,7 @@ class MlflowTracker:
         address = uri if uri is not None else f"sqlite:///{output.absolute()}/mlflow.db"
         name = experiment if experiment is not None else job_name
         check(address)
-        with _guard(address), _impatient():
+        with _guard(address), _impatient({"MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}):
             _try_database(address)
             client = mlflow.MlflowClient(tracking_uri=address, registry_uri=address)
             found = client.get_experiment_by_name(name)
@@ -141,19 +152,35 @@ class MlflowTracker:
                 self._client.log_batch(self._run_id, params=new[start : start + 100])
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Finite figures; a step that the run holds already is left out."""
-        with _guard(self._uri):
-            now = int(time.time() * 1000)
-            batch = [
-                Metric(_clean(name), float(value), now, step or 0)
-                for name, value in metrics.items()
-                # MLflow would store infinity as 1.8e308 and spoil the chart.
-                if math.isfinite(value) and (step is None or step > self._last_step(_clean(name)))
-            ]
-            for start in range(0, len(batch), 1000):
-                self._client.log_batch(self._run_id, metrics=batch[start : start + 1000])
+        """Finite figures; those of its own that the run has already are left out."""
         if step is not None:
-            self._steps |= {metric.key: step for metric in batch}
+            self.log_curve([(step, time.time(), metrics)])
+            return
+        with _guard(self._uri):
+            known = self._client.get_run(self._run_id).data.metrics if self._continued else {}
+            self._log(
+                [
+                    metric
+                    for metric in _metrics(0, time.time(), metrics)
+                    if known.get(metric.key) != metric.value
+                ]
+            )
+
+    def log_curve(self, points: Sequence[Point]) -> None:
+        """Steps of finite figures; those that the run holds already are left out."""
+        try:
+            with _guard(self._uri):
+                new = [m for point in points for m in _metrics(*point)]
+                self._log([m for m in new if m.step > self._last_step(m.key)])
+        except TrackingError:
+            self._steps, self._continued = {}, True  # what the store took of it, it knows
+            raise
+        for metric in new:
+            self._steps[metric.key] = max(metric.step, self._steps[metric.key])
+
+    def _log(self, metrics: Sequence[Metric]) -> None:
+        for start in range(0, len(metrics), 1000):
+            self._client.log_batch(self._run_id, metrics=metrics[start : start + 1000])
 
     def _last_step(self, name: str) -> int:
         if name not in self._steps:
@@ -259,6 +286,14 @@ class MlflowTracker:
         self._open = False
 
 
+def _metrics(step: int, seconds: float, metrics: Mapping[str, float]) -> list[Metric]:
+    return [
+        Metric(_clean(name), float(value), int(seconds * 1000), step)
+        for name, value in metrics.items()
+        if math.isfinite(value)  # MLflow would store infinity as 1.8e308 and spoil the chart
+    ]
+
+
 def _check_same(own: Path, back: Path) -> None:
     """Raises a VerificationError unless each file came back as it was sent."""
     for path in sorted(p for p in own.rglob("*") if p.is_file()):
@@ -314,22 +349,23 @@ def _save(model: nn.Module, inputs: Inputs, folder: Path, run_id: str, model_id:
 def _guard(uri: str) -> Iterator[None]:
     """Turns what goes wrong in the store into a TrackingError that shows no password."""
     try:
-        yield
+        with _impatient({"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}):
+            yield
     except ImportError as error:
         raise TrackingError(
             f"MLflow at {masked_uri(uri)} needs a package that isn't installed: {error}"
         ) from error
     except (MlflowException, sqlalchemy.exc.SQLAlchemyError, OSError) as error:
-        raise TrackingError(
+        refused = getattr(error, "error_code", None) in REFUSALS
+        raise (Refused if refused else TrackingError)(
             f"MLflow at {masked_uri(uri)} can't be used: {masked(str(error), uri)}"
         ) from None
 
 
 @contextmanager
-def _impatient() -> Iterator[None]:
-    """One retry and short timeouts, where the user didn't set MLflow's variables."""
-    ours = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
-    ours = {name: value for name, value in ours.items() if name not in os.environ}
+def _impatient(settings: Mapping[str, str]) -> Iterator[None]:
+    """Sets MLflow's variables where the user didn't: its own retries take minutes."""
+    ours = {name: value for name, value in settings.items() if name not in os.environ}
     os.environ.update(ours)
     try:
         yield
