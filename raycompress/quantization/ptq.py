@@ -52,7 +52,7 @@ class PTQ(Quantizer):
     per_channel: bool = True
     fold_norms: bool = True
     observer: str = "mse"
-    percentile: float = 99.99
+    percentile: float = Percentile.percentile
     bias_correction: bool = False
     equalize: bool = False
 
@@ -68,6 +68,11 @@ class PTQ(Quantizer):
                 f"{near(self.observer, OBSERVERS)}"
             )
         Percentile(percentile=self.percentile)  # refuses what isn't one
+        if self.observer != "percentile" and self.percentile != Percentile.percentile:
+            raise ConfigError(
+                f"percentile is for the observer 'percentile', got {self.percentile:g} with "
+                f"{self.observer!r}"
+            )
 
     def choose(self, model: nn.Module) -> dict[str, Bits]:
         """All layers."""

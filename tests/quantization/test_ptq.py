@@ -167,7 +167,10 @@ def test_errors() -> None:
     with pytest.raises(ConfigError, match=r"observer must be one of minmax, .*'mean'"):
         PTQ(observer="mean")
     with pytest.raises(ConfigError, match="percentile must be above 50"):
-        PTQ(percentile=20)
+        PTQ(observer="percentile", percentile=20)
+    with pytest.raises(ConfigError, match="percentile is for the observer 'percentile', got"):
+        PTQ(percentile=99.9)
+    assert PTQ(observer="percentile", percentile=99.9).percentile == 99.9
     model = toy_net()
     PTQ().prepare(model, PTQ().choose(model))
     with pytest.raises(ConfigError, match="no batch"):
