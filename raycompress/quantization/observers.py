@@ -199,7 +199,10 @@ class Entropy(_Histogram):
         signed = self.low < 0 < self.high
         levels = 2 ** (bits - 1) if signed else 2**bits
         magnitudes = (positive + negative).double()
-        threshold = best_threshold(magnitudes, levels) * self.width
+        magnitudes[0] = 0
+        fullest = int(magnitudes.argmax())
+        magnitudes[fullest] = 0
+        threshold = max(best_threshold(magnitudes, levels), fullest + 1) * self.width
         return max(self.low, -threshold), min(self.high, threshold)
 
 

@@ -54,6 +54,16 @@ def test_kept_bins_diverge_least() -> None:
     assert best_threshold(torch.tensor([0, 8, 1, 1]), levels=2) == 4
 
 
+def test_entropy_keeps_what_lies_beyond_a_value_that_is_very_frequent() -> None:
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.rand(5000, generator=generator) * 2
+    for frequent in (-0.8, 3.5):  # within the others' range and beyond it
+        observer = OBSERVERS["entropy"]()
+        observer.observe(torch.cat([spread, torch.full((50000,), frequent)]))
+        low, high = observer.range(8)
+        assert low <= min(frequent, 0) and high >= max(frequent, 1.9)
+
+
 def test_errors() -> None:
     with pytest.raises(ConfigError, match="percentile must be above 50"):
         Percentile(percentile=50)
