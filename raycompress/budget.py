@@ -15,7 +15,7 @@ from typing import Protocol
 from raycompress.errors import BudgetError, ConfigError
 from raycompress.structure import ChannelGroup, Cost, Structure
 
-__all__ = ["RESOURCES", "Allocator", "Budget", "Limit", "Pricing"]
+__all__ = ["RESOURCES", "Allocator", "Budget", "Limit", "Pricing", "read_limit"]
 
 RESOURCES = ("latency_ms", "macs", "params")
 
@@ -73,7 +73,7 @@ class Budget:
                 raise ConfigError(
                     f"{key}.{name} is no resource; allowed: {', '.join(RESOURCES)}{hint}"
                 )
-            limit = _limit(value, f"{key}.{name}")
+            limit = read_limit(value, f"{key}.{name}")
             if name != "latency_ms" and not limit.relative and limit.value <= 1:
                 raise ConfigError(
                     f"{key}.{name} is a number of {name}, or a percentage kept: got {value!r}; "
@@ -145,7 +145,12 @@ class Budget:
         return amounts
 
 
-def _limit(value: str | int | float, key: str) -> Limit:
+def read_limit(value: str | int | float, key: str) -> Limit:
+    """Reads a limit as users write it.
+
+    Raises:
+        ConfigError: It is none; the message starts with `key`.
+    """
     allowed = "a percentage kept such as 50%, above 0% and at most 100%, or a number above 0"
     if isinstance(value, str):
         text = value.strip()

@@ -50,7 +50,8 @@ def finish_trial(
         EvaluationError: Its training or evaluation failed.
         VerificationError: The slim model doesn't compute what the masked one does.
     """
-    winner = Candidate.from_key(found["winner"])
+    # What is recovered and made slim is in float; the bits that a search found come after it.
+    winner = replace(Candidate.from_key(found["winner"]), quantize=None)
     if winner.kept:
         pool.publish(load_ranking(winner.ranking, plan.output / "rankings"))
     folder = plan.output / "results" / trial.name

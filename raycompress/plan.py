@@ -24,7 +24,7 @@ from raycompress.hiding import hidden
 from raycompress.importing import resolve, resolve_function
 from raycompress.loading import build_pruner
 from raycompress.pruning.pruner import Problem, Pruner
-from raycompress.quantize_plan import QuantizePlan, plan_quantize
+from raycompress.quantize_plan import QuantizePlan, check_found_bits, plan_quantize
 from raycompress.search import Ranking, Trial
 from raycompress.structure import Structure, analyze
 from raycompress.task import Split, Task, check_task
@@ -223,6 +223,7 @@ def prepare(config: JobConfig) -> Plan:
     if config.recover is not None and config.recover.distill is not None:
         _check_features(model, config.recover.distill.features)
     for trial in plan.checked:
+        check_found_bits(plan.quantize, trial.pruner)
         check_trial(plan, trial, _Free())
     return plan
 

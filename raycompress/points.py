@@ -126,6 +126,8 @@ class Recorder:
             asked = trial.candidate
             if asked.weights == self._pricer.dense and asked.is_plain:
                 continue
+            if asked.quantize is not None:  # a front of params and macs says nothing of bits
+                continue
             point = self._pricer.point(trial, self._name, step)
             # What a race dropped may be judged in full later.
             if point is None or self._seen.get(point.id, -1) >= point.complete:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from raycompress.config import JobConfig, TrainingConfig
 from raycompress.errors import ConfigError
 from raycompress.loading import build_quantizer
+from raycompress.pruning.pruner import Pruner
 from raycompress.quantization import Bits, Quantization, Quantizer, choices_of
 from raycompress.quantization.lowering import lowering
 from raycompress.quantization.quantize import float_layers
@@ -18,7 +19,7 @@ from raycompress.quantize_section import QuantizeSection
 from raycompress.search import Training
 from raycompress.task import Task
 
-__all__ = ["INTEGERS", "QuantizePlan", "plan_quantize"]
+__all__ = ["INTEGERS", "QuantizePlan", "check_found_bits", "plan_quantize"]
 
 INTEGERS = ("onnx", "inductor")
 """Backends that compute in integers: in 8 bits, and in no other number of them."""
@@ -42,6 +43,19 @@ class QuantizePlan:
     def name(self) -> str:
         """Of the quantizer, for people."""
         return type(self.how.quantizer).__name__
+
+    def with_bits(self, found: Quantization | None) -> Quantization:
+        """How a search's winner is quantized: with the bits that it found, if it looked for any."""
+        if found is None:
+            return self.how
+        own = dict(self.how.choices)
+        choices = {
+            name: replace(bits, norm=own[name].norm, start_step=own[name].start_step)
+            if name in own
+            else bits
+            for name, bits in found.choices
+        }
+        return Quantization.of(self.how.quantizer, choices, self.how.batches)
 
     def training(self, seed: int) -> Training:
         """Of a prepared and calibrated model; of no epochs if it is calibrated alone."""
@@ -81,6 +95,25 @@ def plan_quantize(config: JobConfig, model: nn.Module, task: Task) -> QuantizePl
     if section.lower in INTEGERS:
         _check_kernels(section.lower, quantizer, choices)
     return QuantizePlan(how=how, section=section, floats=tuple(float_layers(model)))
+
+
+def check_found_bits(plan: QuantizePlan | None, pruner: Pruner) -> None:
+    """Raises a ConfigError where a job couldn't do what a pruner that finds bits is for."""
+    if not pruner.finds_bits:
+        return
+    name = type(pruner).__name__
+    if plan is None:
+        raise ConfigError(
+            f"{name} finds bits, and the job doesn't say how the model is trained and stored with "
+            "them: give quantize, such as quantize: {type: PTQ, lower: packed}"
+        )
+    if plan.section.config_list:
+        raise ConfigError(f"quantize.config_list must be left out: {name} finds the bits")
+    if plan.section.lower in INTEGERS:
+        raise ConfigError(
+            f"quantize.lower: {plan.section.lower} computes in 8 bits, and {name} finds fewer; "
+            "lower: packed stores any number of bits, and runs in simulation"
+        )
 
 
 def _check_training(quantizer: Quantizer, training: TrainingConfig | None) -> None:

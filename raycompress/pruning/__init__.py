@@ -11,6 +11,7 @@ from raycompress.pruning.fixed_allocation import FixedAllocation
 from raycompress.pruning.fpgm import FPGM
 from raycompress.pruning.iterative import Iterative
 from raycompress.pruning.lottery_ticket import LotteryTicket
+from raycompress.pruning.mixed_precision import MixedPrecision
 from raycompress.pruning.movement import MovementPruning
 from raycompress.pruning.net_adapt import NetAdapt
 from raycompress.pruning.nni_annealing import NNISimulatedAnnealing
@@ -37,6 +38,7 @@ __all__ = [
     "L2Filter",
     "Level",
     "LotteryTicket",
+    "MixedPrecision",
     "MovementPruning",
     "NNISimulatedAnnealing",
     "NetAdapt",

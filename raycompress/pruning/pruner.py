@@ -186,6 +186,8 @@ class Pruner(ABC):
 
     understands: ClassVar[tuple[str, ...]] = ()
     """Keys of targets that it honours beyond their sparsity; others are refused."""
+    finds_bits: ClassVar[bool] = False
+    """Whether its winner is quantized; a job's `quantize` then trains and stores these bits."""
 
     @abstractmethod
     def search(self, problem: Problem) -> Search:
