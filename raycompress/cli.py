@@ -105,16 +105,14 @@ def _samples(result: JobResult, study: str) -> str:
 def _run(config: JobConfig, json: bool, quiet: bool, changed: bool) -> None:
     from raycompress.driver import run
     from raycompress.progress import progress_for
-    from raycompress.tracking.report import cost_table, front_table, report_table
+    from raycompress.tracking.report import tables
 
     progress = progress_for(quiet)
     with nothing_on_stdout():
         result = run(config, progress=progress, changed=changed)
     console = Console(stderr=json, width=None if sys.stdout.isatty() else 200)
-    console.print(report_table(result))
-    if result.front:
-        console.print(front_table(result))
-    console.print(cost_table(result))
+    for table in tables(result):
+        console.print(table)
     for trial in result.trials:
         if trial.failure is not None:
             console.print(f"{trial.name} failed: {trial.failure}", highlight=False, markup=False)
@@ -263,12 +261,7 @@ def report(
 
     def action() -> None:
         from raycompress.results import JobResult
-        from raycompress.tracking.report import (
-            cost_table,
-            front_table,
-            report_markdown,
-            report_table,
-        )
+        from raycompress.tracking.report import report_markdown, tables
 
         path = output / "results" / "summary.json"
         if not path.exists():
@@ -279,10 +272,8 @@ def report(
         else:
             width = None if sys.stdout.isatty() else 200
             console = Console(width=width)
-            console.print(report_table(result))
-            if result.front:
-                console.print(front_table(result))
-            console.print(cost_table(result))
+            for table in tables(result):
+                console.print(table)
 
     guarded(action, debug)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from raycompress.config import JobConfig
-from raycompress.errors import ConfigError, InterruptedJob, TrackingError
+from raycompress.errors import InterruptedJob, TrackingError
 from raycompress.executor import LedgerExecutor
 from raycompress.job import Backend, LocalBackend, run_job
 from raycompress.ledger import Ledger, scan_ledger
@@ -177,8 +177,6 @@ def run(
 
 def _run(plan: Plan, progress: Progress, stack: ExitStack) -> JobResult:
     config = plan.config
-    if plan.quantize is not None:
-        raise ConfigError("quantize: jobs only check this section so far; use Quantizer.quantize")
     keep_job(config, plan.output)
     kept = sum(1 for _ in scan_ledger(plan.output / "ledger"))
     if kept:

@@ -21,12 +21,14 @@ from raycompress.executor import LedgerExecutor
 from raycompress.finish import finish_trial, trial_without_model
 from raycompress.ledger import Ledger, scan_ledger
 from raycompress.local import LocalExecutor
+from raycompress.lowered import try_lowering
 from raycompress.measured import Measured, measure_dense
 from raycompress.pareto import Point
 from raycompress.plan import Plan, StudyPlan, TrialPlan, check_trial
 from raycompress.points import Pricer, gather, origin_of, write_table
 from raycompress.progress import Progress
 from raycompress.pruning.pruner import Problem, Pruner
+from raycompress.quantized import quantize_trials
 from raycompress.results import Curve, FrozenLayer, JobResult, SampleRow, TrialResult
 from raycompress.search import Candidate, Training, run_search
 from raycompress.structure.latency.table import LatencyTable
@@ -142,6 +144,14 @@ class _Found:
     results: Mapping[str, Mapping[str, Any]]
     samples: Sequence[SampleRow] = ()
 
+    def winners(self) -> dict[str, Candidate]:
+        """What searches that came to an end returned, by trial."""
+        return {
+            name: Candidate.from_key(result["winner"])
+            for name, result in self.results.items()
+            if result["winner"] is not None
+        }
+
 
 @dataclass(frozen=True)
 class _Job:
@@ -194,6 +204,9 @@ def run_job(
     """
     start, before = time.monotonic(), _spent(plan)
     job = _Job(plan, backend, progress, WeightStore(plan.output / "weights"))
+    if plan.quantize is not None and plan.quantize.section.lower != "none":
+        progress.stage(f"See whether the model can be lowered to {plan.quantize.section.lower}")
+        try_lowering(plan)
     with job.pool() as pool:
         weights = _dense_weights(job, pool)
         curves = _sensitivity(job, pool, weights)
@@ -208,6 +221,9 @@ def run_job(
         for trial in found.trials:
             trials.append(_finish(job, trial, found.results[trial.name], pool, dense, table))
         points = _points(job, trials, found, pool, weights, table)
+        if plan.quantize is not None:
+            winners = found.winners()
+            trials = quantize_trials(plan, trials, winners, pool, job.store, dense, progress)
         device = pool.info.numeric_class
     _check_any(trials)
     on_front = [replace(p, candidate="") for p in points if p.fronts or p.search_fronts]
@@ -427,14 +443,9 @@ def _points(
     """Everything that the searches evaluated, and their final models; also left as a table."""
     if not trials:
         return []
-    winners = {
-        name: Candidate.from_key(result["winner"])
-        for name, result in found.results.items()
-        if result["winner"] is not None
-    }
     own = {trial.name for trial in trials}
     others = [row.name for row in found.samples if row.name not in own]
-    points = gather(job.plan, trials, winners, Pricer(pool, weights, table), others)
+    points = gather(job.plan, trials, found.winners(), Pricer(pool, weights, table), others)
     origin = origin_of(pool, weights)
     write_table(points, job.plan.output / "results" / "pareto.parquet", origin)
     return points

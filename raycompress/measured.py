@@ -22,7 +22,7 @@ from raycompress.task import Split
 from raycompress.trial import write_json
 from raycompress.weights import Weights, WeightStore
 
-__all__ = ["Finished", "Measured", "final_model", "finish_candidate", "measure_dense"]
+__all__ = ["Finished", "Measured", "final_model", "finish_candidate", "latency_of", "measure_dense"]
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def finish_candidate(
     return Finished(
         candidate=final,
         kept=kept,
-        rows=tuple(row.row(_latency(timed, row.name)) for row in [dense, *rows]),
+        rows=tuple(row.row(latency_of(timed, row.name)) for row in [dense, *rows]),
         measured=rows[-1],
         timed=timed,
         verification=verification,
@@ -202,7 +202,8 @@ def _measure(
     )
 
 
-def _latency(timed: list[LatencyRow], name: str) -> tuple[Latency, ...]:
+def latency_of(timed: list[LatencyRow], name: str) -> tuple[Latency, ...]:
+    """One model's latency among those that were timed together."""
     return tuple(
         Latency(
             batch_size=row.batch_size,

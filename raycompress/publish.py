@@ -27,12 +27,14 @@ from raycompress.output import own_id
 from raycompress.pareto import Point
 from raycompress.plan import Plan
 from raycompress.points import read_table
+from raycompress.quantized_files import read_layer_errors
 from raycompress.results import JobResult, TrialResult
 from raycompress.tracking.address import check, masked_uri
 from raycompress.tracking.base import NoTracker, Tracker
 from raycompress.tracking.figures import (
     allocation_figure,
     pareto_figure,
+    quantization_figure,
     search_figure,
     sensitivity_figure,
 )
@@ -105,11 +107,15 @@ def publish(plan: Plan, result: JobResult, tracker: Tracker) -> JobResult:
             save(model, folder / trial.name / "model.safetensors", kept=kept)
         except ArtifactError as error:
             notes.append(f"{trial.name}: no model.safetensors: {error}")
+        if trial.quantized is not None:
+            own = Path(trial.quantized.folder)
+            quantization_figure(read_layer_errors(own)).savefig(own / "layers.png", dpi=150)
     result = replace(result, notes=tuple(notes))
     write_candidates(plan, folder / "candidates.parquet")
     if result.samples:
         write_samples(result, folder / "samples.csv")
-    points = read_table(folder / "pareto.parquet")[0] if result.trials else []
+    pruned = any(trial.pruner for trial in result.trials)
+    points = read_table(folder / "pareto.parquet")[0] if pruned else []
     figures = _write_figures(result, points, folder / "figures")
     _write_texts(result, folder)
     try:
@@ -147,13 +153,18 @@ def _log_models(plan: Plan, result: JobResult, tracker: Tracker, store: WeightSt
         if trial.rows:
             model = final_model(plan, store.get(trial.weights))
             registered = tracking.registered_model if trial.name == result.best else None
+            lowered = trial.quantized is not None and trial.quantized.backend == "onnx"
             try:
-                address = child.log_model(model, plan.task.example_inputs(), registered)
+                # What is registered is the last stage.
+                own = None if lowered else registered
+                address = child.log_model(model, plan.task.example_inputs(), own)
             except (TrackingError, VerificationError):
                 raise
             except RaycompressError as error:
                 # All else of the trial is sound: the weights are in the store.
                 notes.append(f"{trial.name}: no exported model: {error}")
+            if lowered:
+                trial = _log_lowered(plan, trial, child, registered)
             child.log_artifact(plan.output / "results" / trial.name)
             child.log_metrics(_metrics(trial))
             child.finish("FINISHED")
@@ -168,7 +179,7 @@ def _log_models(plan: Plan, result: JobResult, tracker: Tracker, store: WeightSt
         notes=tuple(notes),
         tracking_uri=masked_uri(uri),
         run_id=tracker.run_id,
-        model_uri="" if best is None else best.model,
+        model_uri="" if best is None else _last_model(best),
     )
 
 
@@ -192,6 +203,17 @@ def _log(plan: Plan, result: JobResult, tracker: Tracker, figures: Sequence[Path
         tracker.log_artifact(path)
     for path in figures:
         tracker.log_artifact(path, "figures")
+
+
+def _log_lowered(
+    plan: Plan, trial: TrialResult, child: Tracker, registered: str | None
+) -> TrialResult:
+    """Keeps a lowered ONNX model, and registers it if asked to."""
+    quantized = trial.quantized
+    assert quantized is not None
+    inputs = plan.task.example_inputs()
+    address = child.log_onnx(Path(quantized.file), inputs, quantized.weights, registered)
+    return replace(trial, quantized=replace(quantized, model=address))
 
 
 def write_candidates(plan: Plan, path: Path) -> None:
@@ -229,6 +251,11 @@ def write_samples(result: JobResult, path: Path) -> None:
             table.writerow([*values, *(row.settings.get(name) for name in settings)])
 
 
+def _last_model(trial: TrialResult) -> str:
+    lowered = "" if trial.quantized is None else trial.quantized.model
+    return lowered or trial.model
+
+
 def _params(plan: Plan) -> dict[str, str | int | float | bool | None]:
     config = plan.config
     return {
@@ -240,6 +267,7 @@ def _params(plan: Plan) -> dict[str, str | int | float | bool | None]:
         "budgets": str(list(config.budgets)),
         "reconstruct": str(config.reconstruct),
         "recover": str(config.recover),
+        "quantize": str(hidden(config.quantize)),
     }
 
 
@@ -271,6 +299,10 @@ def _metrics(trial: TrialResult) -> dict[str, float]:
             metrics[f"slim/predicted_{limit.resource}"] = limit.predicted
     if trial.verification is not None:
         metrics["slim/max_error"] = trial.verification.max_error
+    if trial.quantized is not None:
+        metrics |= {f"quantized/{k}": v for k, v in _row_metrics(trial.quantized).items()}
+        for latency in trial.quantized.float_latency:
+            metrics[f"quantized/float_ms_batch_{latency.batch_size}"] = latency.median_ms
     return metrics
 
 

@@ -24,6 +24,7 @@ __all__ = [
     "Latency",
     "Limit",
     "ModelRow",
+    "QuantizedResult",
     "SampleRow",
     "SearchStep",
     "TrialResult",
@@ -59,7 +60,8 @@ class ModelRow:
 
     Attributes:
         name: "dense": as it came; "masked": zeros in place of what was removed; "slim": really
-            smaller. "quantized": slim, in integers.
+            smaller. "quantized": the last of these computing with the numbers that integers would
+            have, in float. "lowered": that on its runtime.
         score_validation: Mean score on validation data, higher is better; None: not measured.
         score_test: The same on test data, on which nothing was selected.
         params: Parameters that are stored.
@@ -69,7 +71,7 @@ class ModelRow:
         file_bytes: Size of the weights as a file, in bytes.
     """
 
-    name: Literal["dense", "masked", "slim", "quantized"]
+    name: Literal["dense", "masked", "slim", "quantized", "lowered"]
     params: int
     nonzero_params: int
     macs: int
@@ -184,12 +186,61 @@ class FrozenLayer:
 
 
 @dataclass(frozen=True, kw_only=True)
+class QuantizedResult:
+    """How a trial's model was quantized, and what a runtime makes of it.
+
+    Attributes:
+        quantizer: Class name.
+        bits: Of weights, inputs and outputs, such as "W8 A8".
+        num_layers: Quantized layers.
+        in_float: Layers with weights that stay in float since their type can't be quantized.
+        weights: Digest of the quantized weights in the weight store.
+        folder: Path of its files: scales and zero points (`load_calibration` reads them), each
+            layer's ranges and errors (layers.parquet), and the lowered model.
+        no_calibration: Why there are no scales and zero points; "" if there are.
+        backend: To which it was lowered; "" if it stays simulated.
+        runs: "integers": really; "simulation": the file is small, the arithmetic is in float.
+        layers_asked: Layers that are to run in integers.
+        layers_integer: Layers that do.
+        agreement: Fraction of test examples with the same largest output as in simulation; None:
+            outputs have no classes.
+        difference: From simulation on test data: the root of the mean squared difference of outputs
+            over that of the outputs.
+        file: Path of the lowered model.
+        file_bytes: Its size.
+        float_bytes: Size of the float model in the same format.
+        float_latency: Of the float model on the same runtime, timed in turns with all lowered
+            models of the job.
+        model: URI of the lowered model in MLflow, "" if none.
+    """
+
+    quantizer: str
+    bits: str
+    num_layers: int
+    in_float: tuple[str, ...] = ()
+    weights: str = ""
+    folder: str = ""
+    no_calibration: str = ""
+    backend: str = ""
+    runs: Literal["integers", "simulation"] = "simulation"
+    layers_asked: int = 0
+    layers_integer: int = 0
+    agreement: float | None = None
+    difference: float = 0.0
+    file: str = ""
+    file_bytes: int = 0
+    float_bytes: int = 0
+    float_latency: tuple[Latency, ...] = ()
+    model: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrialResult:
     """One pruner with one budget and one seed.
 
     Attributes:
         name: Unique in the job.
-        pruner: Class name.
+        pruner: Class name; "" for the dense model, which is quantized alone.
         seed: Of the search.
         budget: As the user wrote it, such as "macs 50%"; "" without one.
         limits: The budget's limits, each with what was measured on the slim model.
@@ -206,6 +257,7 @@ class TrialResult:
         masks: Path of the masks, "" if none were kept.
         weights: Digest of the slim weights in the weight store, "" if none.
         run_id: Of the child run; "" without tracking.
+        quantized: How its model was quantized; None: it wasn't.
         failure: Why the trial failed; None if it didn't.
         stopped: Step at which it was stopped as hopeless; None if it wasn't. What failed or was
             stopped has no rows; its curve goes as far as it came.
@@ -228,6 +280,7 @@ class TrialResult:
     masks: str = ""
     weights: str = ""
     run_id: str = ""
+    quantized: QuantizedResult | None = None
     failure: str | None = None
     stopped: int | None = None
 

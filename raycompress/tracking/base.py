@@ -51,6 +51,15 @@ class Tracker(Protocol):
     ) -> str:
         """The model as one that others load without the code that made it; returns its URI."""
 
+    def log_onnx(
+        self,
+        path: Path,
+        example_inputs: tuple[Any, ...],
+        weights: str,
+        registered_name: str | None = None,
+    ) -> str:
+        """An ONNX file as a model that MLflow loads with onnxruntime; returns its URI."""
+
     def finish(self, status: Status) -> None:
         """Ends the run in a true state."""
 
@@ -81,6 +90,16 @@ class NoTracker:
 
     def log_model(
         self, model: nn.Module, example_inputs: tuple[Any, ...], registered_name: str | None = None
+    ) -> str:
+        """Nothing; returns ""."""
+        return ""
+
+    def log_onnx(
+        self,
+        path: Path,
+        example_inputs: tuple[Any, ...],
+        weights: str,
+        registered_name: str | None = None,
     ) -> str:
         """Nothing; returns ""."""
         return ""

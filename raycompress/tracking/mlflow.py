@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # stdou
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 import mlflow
+import mlflow.pytorch
 import sqlalchemy
 import torch
 from mlflow.entities import LoggedModelOutput, Metric, Param
@@ -222,8 +223,40 @@ class MlflowTracker:
         # Class and weights, by which a model that was kept before is found.
         weights = digest_of_state(Weights(model.state_dict(), {}))
         weights = f"{type(model).__qualname__}:{weights}"
+
+        def save(own: Path, model_id: str) -> None:
+            _save(model, inputs, own, self._run_id, model_id)
+            compare(model, mlflow.pytorch.load_model(str(own)), inputs, dynamic_batch=True)
+
         with _guard(self._uri):
-            model_id = self._kept(weights) or self._keep(model, inputs, weights)
+            model_id = self._kept(weights) or self._keep("model", weights, save)
+            if registered_name is not None:
+                self._register(model_id, registered_name)
+        return f"models:/{model_id}"
+
+    def log_onnx(
+        self,
+        path: Path,
+        example_inputs: tuple[Any, ...],
+        weights: str,
+        registered_name: str | None = None,
+    ) -> str:
+        """An ONNX file as MLflow's own kind of it, loaded and compared; kept once.
+
+        Raises:
+            VerificationError: What is loaded isn't what was kept.
+        """
+        from raycompress.tracking.mlflow_onnx import save_onnx_model
+
+        tag = f"onnx:{weights}"
+        with _guard(self._uri):
+            model_id = self._kept(tag) or self._keep(
+                "quantized",
+                tag,
+                lambda own, own_id: save_onnx_model(
+                    path, example_inputs, own, self._run_id, own_id
+                ),
+            )
             if registered_name is not None:
                 self._register(model_id, registered_name)
         return f"models:/{model_id}"
@@ -236,20 +269,19 @@ class MlflowTracker:
                 return str(output.model_id)
         return None
 
-    def _keep(self, model: nn.Module, inputs: Inputs, weights: str) -> str:
+    def _keep(self, name: str, weights: str, save: Callable[[Path, str], None]) -> str:
+        """Keeps what `save(folder, model id)` writes, and tells it by the weights from then on."""
         import mlflow.artifacts
-        import mlflow.pytorch
 
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             logged = self._client.create_logged_model(
-                self._experiment, "model", self._run_id, tags={WEIGHTS_TAG: weights}
+                self._experiment, name, self._run_id, tags={WEIGHTS_TAG: weights}
             )
             status = "FAILED"
             try:
                 own = Path(folder) / "model"
-                _save(model, inputs, own, self._run_id, logged.model_id)
-                compare(model, mlflow.pytorch.load_model(str(own)), inputs, dynamic_batch=True)
+                save(own, logged.model_id)
                 self._client.log_model_artifacts(logged.model_id, str(own))
                 back = mlflow.artifacts.download_artifacts(
                     logged.artifact_location,

@@ -262,6 +262,22 @@ class PatientTracker:
             lambda: self.inner().log_model(model, example_inputs, registered_name)
         )
 
+    def log_onnx(
+        self,
+        path: Path,
+        example_inputs: tuple[Any, ...],
+        weights: str,
+        registered_name: str | None = None,
+    ) -> str:
+        """An ONNX file as a model; returns its URI.
+
+        Raises:
+            TrackingError: The store refuses it, or stays away.
+        """
+        return self._writer.now(
+            lambda: self.inner().log_onnx(path, example_inputs, weights, registered_name)
+        )
+
     def finish(self, status: Status) -> None:
         """Ends the run in a true state; a job's, when all that waits has been logged.
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from raycompress.results import JobResult, Limit, ModelRow, TrialResult
+from raycompress.tracking.quantized_report import quantized_section, quantized_table
 
-__all__ = ["cost_table", "front_table", "models_table", "report_markdown", "report_table"]
+__all__ = ["cost_table", "front_table", "models_table", "report_markdown", "report_table", "tables"]
 
 FRONT_ROWS = 12
 """Points of a front that are shown; they are spread evenly over it."""
@@ -43,12 +44,17 @@ def _cells(row: ModelRow, label: str, dense: ModelRow) -> list[str]:
 
     params = row.nonzero_params if row.name == "masked" else row.params
     latency = []
-    for entry in row.latency:
-        base = dense.at(entry.batch_size)
+    for base in dense.latency:
+        entry = row.at(base.batch_size)
+        if entry is None:  # in simulation
+            latency += ["-", "-"]
+            continue
         times = f"{entry.median_ms:.2f} ({entry.p10_ms:.2f}-{entry.p90_ms:.2f})"
-        if row.name == "slim" and base is not None:
+        if row.name == "slim":
             times += f", {base.median_ms / entry.median_ms:.2f}x"
-        latency += [times, f"{entry.peak_bytes / 1e6:.3g}"]
+        # What another runtime takes isn't known.
+        peak = "-" if row.name == "lowered" else f"{entry.peak_bytes / 1e6:.3g}"
+        latency += [times, peak]
 
     def score(value: float | None) -> str:
         return "-" if value is None else f"{value:.4f}"
@@ -84,6 +90,13 @@ def _first(result: JobResult) -> JobResult:
     return result if row is None or result.dense.latency else replace(result, dense=row)
 
 
+def tables(result: JobResult) -> list[Table]:
+    """All that a terminal is shown."""
+    quantized = quantized_table(result)
+    found = [report_table(result), *([] if quantized is None else [quantized])]
+    return [*found, *([front_table(result)] if result.front else []), cost_table(result)]
+
+
 def report_table(result: JobResult) -> Table:
     """The final table, for a terminal."""
     result = _first(result)
@@ -99,7 +112,7 @@ def report_table(result: JobResult) -> Table:
     for index, name in enumerate(_header(result.score_name, result.dense)):
         table.add_column(name, justify="left" if index == 0 else "right")
     for line in _lines(result):
-        table.add_row(*line, style="dim" if line[0].endswith("masked") else "")
+        table.add_row(*line, style="dim" if line[0].endswith(("masked", "quantized")) else "")
     return table
 
 
@@ -154,6 +167,10 @@ def front_table(result: JobResult) -> Table:
     return table
 
 
+LOWERED = (
+    " Quantized: with the numbers that integers would have, in float. Lowered: on its runtime, "
+    "whose times are compared with those of float models on the same one below."
+)
 COST_HEADER = ["search", "DFE", "candidates", "from the ledger", "s"]
 
 
@@ -161,6 +178,7 @@ def _costs(result: JobResult) -> list[list[str]]:
     rows = [
         [t.name, f"{t.dfe:.1f}", str(t.evaluations), str(t.replayed), f"{t.seconds:.1f}"]
         for t in result.trials
+        if t.pruner
     ]
     whole = ["whole job, this run", f"{result.run_dfe:.1f}", "", "", f"{result.seconds:.1f}"]
     return [*rows, whole, ["whole job, earlier runs too", f"{result.dfe:.1f}", "", "", ""]]
@@ -212,9 +230,11 @@ def report_markdown(result: JobResult) -> str:
         "",
         "Masked: parameters are those that aren't zero. Slim: really smaller; times are beside "
         "the dense model's, measured in turns on one device. MB: peak memory of a forward pass "
-        "beyond parameters and inputs.",
+        "beyond parameters and inputs."
+        + (LOWERED if any(trial.quantized for trial in result.trials) else ""),
         "",
     ]
+    parts += quantized_section(result)
     parts += _front_section(result)
     for trial in result.trials:
         parts += _trial(trial)
@@ -269,6 +289,8 @@ def _trial(trial: TrialResult) -> list[str]:
                 "- Slim against masked with these operations over the kept channels only: largest "
                 f"relative error {trial.verification.reference_error:.1e}"
             )
+    if not trial.pruner:
+        return [*lines, "- The dense model, quantized", ""]
     lines.append(
         f"- Search: {trial.dfe:.1f} dense-forward equivalents, {trial.evaluations} candidates "
         f"evaluated, {trial.replayed} answered by the ledger, {trial.seconds:.1f} s"

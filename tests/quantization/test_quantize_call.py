@@ -383,6 +383,7 @@ def lowered(**fields: Any) -> Lowered:
         reference=nn.Identity(),
         path=Path("model.onnx"),
         file_bytes=1,
+        reference_bytes=1,
         **fields,
     )
 

@@ -24,8 +24,10 @@ class Lowered:
         reference: The float model on the same runtime, for its latency; called alike.
         path: The file.
         file_bytes: Its size.
+        reference_bytes: That of the float model's file in the same format.
         layers_asked: Quantized layers with bits for weight and input, by name.
         layers_integer: Those that really run in integers.
+        fixed_batch: Why it takes batches of one size alone, "" if it takes any.
         runs: "integers", or "simulation": the file is small, the arithmetic is in float.
     """
 
@@ -34,8 +36,10 @@ class Lowered:
     reference: nn.Module
     path: Path
     file_bytes: int
+    reference_bytes: int
     layers_asked: tuple[str, ...]
     layers_integer: tuple[str, ...]
+    fixed_batch: str = ""
     runs: Literal["integers", "simulation"] = "integers"
 
     def check(self) -> None:
@@ -48,9 +52,13 @@ class Lowered:
             )
 
 
-Lower = Callable[[nn.Module, nn.Module, tuple[object, ...], Path], Lowered]
-"""`lower(model, float_model, example_inputs, folder)`.
+Lower = Callable[
+    [nn.Module, nn.Module, tuple[object, ...], Path, Callable[[nn.Module], object]], Lowered
+]
+"""`lower(model, float_model, example_inputs, folder, feed)`.
 
 `model` is prepared, has its ranges, and is in eval mode on the CPU; `float_model` is what it was
-made of. Neither is changed. Files go to `folder`, which is there.
+made of. Neither is changed. Files go to `folder`, which is there. `feed(model)` runs a model on
+calibration data, as `for batch in batches: task.forward(model, batch)`: outputs that are rounded
+only once they are lowered take their ranges from it.
 """
