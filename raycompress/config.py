@@ -248,6 +248,8 @@ class ClusterConfig:
         address: Of a running cluster; None: the one that Ray finds (as in a submitted job), or a
             local one.
         replicas: Model replicas of each trial.
+        extra_replicas: More of them, at most, while the cluster has room that nobody asks for, as
+            when nodes join; given back as soon as somebody does. Results don't depend on them.
         cpus: CPU cores of each replica.
         gpus: GPUs of each replica; a fraction shares one.
         max_concurrent: Trials at once; None: as many as fit.
@@ -258,6 +260,7 @@ class ClusterConfig:
     executor: Literal["ray", "local"] = "ray"
     address: str | None = None
     replicas: int = 2
+    extra_replicas: int = 0
     cpus: float = 1.0
     gpus: float = 0.0
     max_concurrent: int | None = None
@@ -270,6 +273,10 @@ class ClusterConfig:
         for name in ("max_concurrent", "unit_timeout"):
             if getattr(self, name) is not None:
                 _positive(f"cluster.{name}", getattr(self, name))
+        if self.extra_replicas < 0:
+            raise ConfigError(
+                f"cluster.extra_replicas must be 0 or more, got {self.extra_replicas}"
+            )
         if self.gpus < 0:
             raise ConfigError(f"cluster.gpus must be 0 or more, got {self.gpus:g}")
         if self.gpus and self.executor == "local":

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import socket
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -82,31 +83,63 @@ def bundle(cluster: ClusterConfig, resources: Mapping[str, float] | None = None)
     return {name: amount for name, amount in wanted.items() if amount > 0}
 
 
-def check_feasible(bundles: Sequence[Mapping[str, float]], what: str) -> None:
+def check_feasible(bundles: Sequence[Mapping[str, float]], what: str, timeout: float) -> None:
     """Compares bundles with what the cluster has in all, free or not.
+
+    A cluster that can grow is asked to, and waited for.
 
     Args:
         bundles: Resources by name, each to be met by one node.
-        what: Who asks, for the message.
+        what: Who asks, for the message, such as "4 replicas don't fit".
+        timeout: Seconds to wait for new nodes; 0: not again.
 
     Raises:
         ClusterError: They can never fit, and Ray would wait for ever.
     """
+    problem = _problem(bundles)
+    if problem is None:
+        return
+    advice = "Lower cluster.replicas, cluster.cpus or cluster.gpus, or use a larger cluster"
+    if not _can_grow():
+        raise ClusterError(f"{what}: {problem} ({describe()}). {advice}")
+    _log.warning("%s yet: %s; waiting up to %g s for new nodes", what, problem, timeout)
+    # A placement group is what the autoscaler sees; new nodes stay long enough for what comes next.
+    group = ray.util.placement_group([dict(each) for each in bundles])
+    end = time.monotonic() + timeout
+    try:
+        while problem is not None:
+            if time.monotonic() > end:
+                raise ClusterError(
+                    f"{what}: {problem} ({describe()}), and no node was added "
+                    f"in time (cluster.start_timeout). {advice}"
+                )
+            time.sleep(0.5)
+            problem = _problem(bundles)
+    finally:
+        ray.util.remove_placement_group(group)
+
+
+def _problem(bundles: Sequence[Mapping[str, float]]) -> str | None:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    problem = None
     for each in bundles:
         if not any(all(n.get(k, 0.0) >= v for k, v in each.items()) for n in nodes):
-            problem = f"no node has {_words(each)}"
+            return f"no node has {_words(each)}"
     for name in sorted({name for each in bundles for name in each}):
         asked = sum(each.get(name, 0.0) for each in bundles)
         there = sum(node.get(name, 0.0) for node in nodes)
-        if problem is None and asked > there + 1e-6:
-            problem = f"they need {asked:g} {name} in all, the cluster has {there:g}"
-    if problem is not None:
-        raise ClusterError(
-            f"{what}: {problem} ({describe()}). Lower cluster.replicas, cluster.cpus or "
-            "cluster.gpus, or use a larger cluster"
-        )
+        if asked > there + 1e-6:
+            return f"they need {asked:g} {name} in all, the cluster has {there:g}"
+    return None
+
+
+def _can_grow() -> bool:
+    """Whether an autoscaler may add nodes.
+
+    Ray's launcher and KubeRay name the group of each node that they start (RAY_NODE_TYPE_NAME,
+    which Ray makes a label of); `ray start` by hand doesn't. Without an autoscaler such a cluster
+    is waited for in vain, once, until the deadline.
+    """
+    return any(node["Labels"].get("ray.io/node-group") for node in ray.nodes() if node["Alive"])
 
 
 def describe() -> str:

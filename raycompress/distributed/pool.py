@@ -7,6 +7,7 @@ are lost: a unit carries all that it needs, and whoever answers, its sums are th
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ import ray
 
 from raycompress.config import ClusterConfig
 from raycompress.distributed.cluster import bundle, check_feasible
+from raycompress.distributed.extras import Extras
 from raycompress.distributed.slots import NODE_LOST, Slot, loss_reason, wait_ready
 from raycompress.distributed.spec import PackedWeights, PoolSpec, SharedSpec
 from raycompress.errors import EvaluationError
@@ -80,10 +82,18 @@ class ReplicaPool(LedgerExecutor):
         self._resources = dict(resources or {})
         self._published: list[Any] = list(shared.weights)
         self._num_started = 0
+        self._polled = 0.0
         if not reserved:
             asked = bundle(cluster, self._resources)
-            check_feasible([asked] * cluster.replicas, f"{cluster.replicas} replicas don't fit")
+            what = f"{cluster.replicas} replicas don't fit"
+            check_feasible([asked] * cluster.replicas, what, cluster.start_timeout)
         self._slots: list[Slot] = []
+        self._extras = Extras(
+            cluster.extra_replicas,
+            bundle(cluster, self._resources),
+            lambda: self._start(outside=True),
+            cluster.start_timeout,
+        )
         try:
             for _ in range(cluster.replicas):
                 self._slots.append(self._start())
@@ -105,7 +115,12 @@ class ReplicaPool(LedgerExecutor):
     @property
     def replicas(self) -> list[Any]:
         """Handles of the replicas' actors, as they are now."""
-        return [slot.actor for slot in self._slots]
+        return [slot.actor for slot in self._working]
+
+    @property
+    def _working(self) -> list[Slot]:
+        """Reserved ones, and the extra ones that are up."""
+        return [*self._slots, *(slot for slot in self._extras.slots if slot.ready)]
 
     def _share(self, digest: str, weights: Weights) -> None:
         # Into the object store once, for all replicas and their replacements.
@@ -165,6 +180,7 @@ class ReplicaPool(LedgerExecutor):
 
     def close(self) -> None:
         """Ends the replicas."""
+        self._extras.close()
         for slot in self._slots:
             slot.kill()
         self._slots = []
@@ -175,7 +191,7 @@ class ReplicaPool(LedgerExecutor):
     def _broadcast(self, reference: Any) -> None:
         self._published.append(reference)
         acks = {}
-        for slot in self._slots:
+        for slot in [*self._slots, *self._extras.slots]:
             ack = slot.actor.publish.remote(reference)
             if slot.ready:  # who still starts is told next, before any unit
                 acks[ack] = slot
@@ -192,13 +208,19 @@ class ReplicaPool(LedgerExecutor):
             except ray.exceptions.RayError as error:
                 self._replace(slot, loss_reason(error))
 
-    def _start(self) -> Slot:
+    def _start(self, outside: bool = False) -> Slot:
         name = f"replica-{self._num_started}"
         self._num_started += 1
-        return Slot.start(name, self.cluster, self._resources, self._shared, self._published)
+        return Slot.start(
+            name, self.cluster, self._resources, self._shared, self._published, outside
+        )
 
     def _replace(self, slot: Slot, reason: str) -> None:
-        """Puts a new replica where one was lost."""
+        """Puts a new replica where one was lost; an extra one only goes."""
+        if slot in self._extras.slots:
+            self.num_lost += 1
+            self._extras.drop(slot, reason)
+            return
         _log.warning("%s is replaced: %s", slot.name, reason)
         slot.kill()
         self.num_lost += 1
@@ -219,23 +241,26 @@ class ReplicaPool(LedgerExecutor):
                 for index, result in self._collect(waiting, losses):
                     left -= 1
                     yield index, result
+                self._extras.look(len(waiting), self._info)
         finally:
-            for slot in self._slots:
+            for slot in self._working:
                 if slot.in_flight:  # the caller gave up: nobody wants these answers
                     slot.abandon()
 
     def _fill(self, units: Sequence[Unit], waiting: deque[int], losses: Counter[int]) -> None:
         """Sends waiting units, level by level, so that no replica takes two while one has none."""
         for depth in range(DEPTH):
-            for slot in self._slots:
+            for slot in self._working:
                 if not waiting:
                     return
-                if not slot.ready or len(slot.in_flight) != depth:
+                if not slot.ready or slot.leaving or len(slot.in_flight) != depth:
                     continue
                 # A unit that was there when a replica was lost runs alone, so that no other
                 # is blamed for what it does.
                 # What a replica has built for a race's last round, it goes on with.
-                index = next((i for i in waiting if slot.has_built(units[i])), waiting[0])
+                index = waiting[0]
+                if slot.races:
+                    index = next((i for i in waiting if slot.has_built(units[i])), index)
                 suspect = losses[index] > 0
                 if depth and (suspect or any(losses[i] for i in slot.in_flight.values())):
                     continue
@@ -246,31 +271,30 @@ class ReplicaPool(LedgerExecutor):
         self, waiting: deque[int], losses: Counter[int]
     ) -> Iterator[tuple[int, UnitResult]]:
         """What has finished; waits for it for at most `POLL_SECONDS`."""
-        references = [ref for slot in self._slots for ref in slot.references()]
-        _, _ = ray.wait(references, num_returns=1, timeout=POLL_SECONDS)
-        done, _ = ray.wait(references, num_returns=len(references), timeout=0)
-        finished = set(done)
-        for slot in list(self._slots):
-            lost = slot.welcome(finished, self._info) if not slot.ready else None
-            for reference in [ref for ref in slot.in_flight if ref in finished]:
-                try:
-                    result: UnitResult = ray.get(reference)
-                except ray.exceptions.RayTaskError as error:
-                    result = UnitResult(failure=loss_reason(error), worker=slot.name)
-                except ray.exceptions.RayError as error:
-                    lost = loss_reason(error)
+        references = [ref for slot in self._working for ref in slot.references()]
+        done = _finished(references, 0.0) or _finished(references, POLL_SECONDS)
+        answers = _answers([ref for slot in self._working for ref in slot.in_flight if ref in done])
+        for slot in self._working:
+            lost = slot.welcome(done, self._info) if not slot.ready else None
+            for reference in [ref for ref in slot.in_flight if ref in done]:
+                result = answers[reference]
+                if isinstance(result, ray.exceptions.RayTaskError):
+                    result = UnitResult(failure=loss_reason(result), worker=slot.name)
+                elif isinstance(result, Exception):
+                    lost = loss_reason(result)
                     break
                 yield slot.take(reference), result
             if lost is None:
                 lost = slot.overdue(self.cluster)
             if lost is not None:
                 yield from self._lose(slot, lost, waiting, losses)
-        if self.progress is not None:
-            for slot in self._slots:
-                report = slot.poll_progress(finished)
+        if self.progress is not None and time.monotonic() - self._polled > POLL_SECONDS:
+            self._polled = time.monotonic()
+            for slot in self._working:
+                report = slot.poll_progress()
                 if report is not None:
                     self.progress(*report)
-        if not any(slot.ready for slot in self._slots):
+        if not any(slot.ready for slot in self._working):
             wait_ready(self._slots, self._start, self.cluster, self._info, num=1)
 
     def _lose(
@@ -292,3 +316,26 @@ class ReplicaPool(LedgerExecutor):
                 f"EvaluationError: the candidate lost its replica {MAX_LOSSES} times: {reason}"
             )
             yield index, UnitResult(failure=failure, worker=slot.name)
+
+
+def _finished(references: list[Any], seconds: float) -> set[Any]:
+    """All that has finished; waits for the first of them."""
+    if seconds:
+        ray.wait(references, num_returns=1, timeout=seconds)
+    done, _ = ray.wait(references, num_returns=len(references), timeout=0)
+    return set(done)
+
+
+def _answers(references: list[Any]) -> dict[Any, Any]:
+    """What came of finished units: results, or exceptions of Ray's."""
+    try:
+        return dict(zip(references, ray.get(references), strict=True))
+    except ray.exceptions.RayError:
+        pass  # one or more of them
+    answers: dict[Any, Any] = {}
+    for reference in references:
+        try:
+            answers[reference] = ray.get(reference)
+        except ray.exceptions.RayError as error:
+            answers[reference] = error
+    return answers

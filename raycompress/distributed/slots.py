@@ -39,6 +39,7 @@ class Slot:
         info: The handshake's answer; None until it came.
         in_flight: Index of the unit by the reference of its result, oldest first.
         running_since: When the oldest of them became the oldest.
+        leaving: It gets no more units.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Slot:
     info: HostInfo | None = None
     in_flight: dict[Any, int] = field(default_factory=dict)
     running_since: float = 0.0
+    leaving: bool = False
     _raced: deque[Candidate] = field(default_factory=lambda: deque(maxlen=MAX_BUILT))
     _progress: Any = None
     _reported: tuple[int, int, float] | None = None
@@ -59,8 +61,9 @@ class Slot:
         resources: Mapping[str, float],
         shared: SharedSpec,
         published: Sequence[Any],
+        outside: bool = False,
     ) -> Slot:
-        """Asks Ray for a replica; doesn't wait."""
+        """Asks Ray for a replica, also outside of this trial's placement group; doesn't wait."""
         wrap: Any = ray.remote(  # type: ignore[call-overload]  # lacks concurrency_groups
             num_cpus=cluster.cpus,
             num_gpus=cluster.gpus,
@@ -68,6 +71,7 @@ class Slot:
             max_restarts=0,
             max_task_retries=0,
             concurrency_groups={"control": 1},  # answers while a unit runs
+            scheduling_strategy="SPREAD" if outside else None,  # None: where this process is
         )
         actor_class = wrap(Replica)
         actor = actor_class.remote(name, cluster.gpus > 0)
@@ -93,13 +97,15 @@ class Slot:
         if unit.candidate.shards is not None:
             self._raced.append(replace(unit.candidate, shards=None))
 
+    @property
+    def races(self) -> bool:
+        """Whether the replica keeps any model of a race."""
+        return bool(self._raced)
+
     def has_built(self, unit: Unit) -> bool:
         """Whether the replica keeps the model of a unit from a race's earlier round."""
-        return bool(
-            self._raced
-            and unit.candidate.shards is not None
-            and replace(unit.candidate, shards=None) in self._raced
-        )
+        shards = unit.candidate.shards
+        return shards is not None and replace(unit.candidate, shards=None) in self._raced
 
     def take(self, reference: Any) -> int:
         """The index of a finished unit, which is no longer in flight."""
@@ -137,7 +143,7 @@ class Slot:
             return None
         return f"no answer within {limit:g} s (cluster.unit_timeout)"
 
-    def poll_progress(self, finished: Iterable[Any]) -> tuple[int, int, float] | None:
+    def poll_progress(self) -> tuple[int, int, float] | None:
         """Training progress since the last look; never waits."""
         if not self.ready or not self.in_flight:
             return None

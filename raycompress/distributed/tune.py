@@ -101,7 +101,7 @@ def run_trials(
     missing = [name for name, result in results.items() if result is None]
     failures: dict[str, str] = {}
     if missing:
-        _check_room(cluster)
+        _check_room(cluster, cluster.start_timeout)
         common = _Common(
             run,
             {name: by_name[name] for name in missing},
@@ -155,7 +155,7 @@ def run_samples(
     folder = Path(output).absolute() / "tune"
     if num_samples == 0:
         return
-    _check_room(cluster)
+    _check_room(cluster, cluster.start_timeout)
     common = _Common(run, {}, pool.share(), cluster, str(folder), ray.put(shared))
     specs: dict[str, TrialSpec] = {}
 
@@ -273,10 +273,11 @@ def _error(folder: Path, name: str) -> Path:
     return folder / f"{name}.error.json"
 
 
-def _check_room(cluster: ClusterConfig) -> None:
-    """Raises a ClusterError if a trial can't fit the cluster's nodes, busy or not."""
+def _check_room(cluster: ClusterConfig, timeout: float) -> None:
+    """Raises a ClusterError if a trial can't fit the cluster's nodes, busy or not, nor new ones."""
     replicas = [bundle(cluster)] * cluster.replicas
-    check_feasible(replicas, f"a trial with {cluster.replicas} replicas doesn't fit")
+    what = f"a trial with {cluster.replicas} replicas doesn't fit"
+    check_feasible(replicas, what, timeout)
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
@@ -361,7 +362,7 @@ def _callback(stopped: threading.Event, cluster: ClusterConfig) -> Any:
             now = time.monotonic()
             self.idle_since = self.idle_since or now
             if now - self.idle_since > cluster.start_timeout:
-                _check_room(cluster)
+                _check_room(cluster, 0.0)
                 self.idle_since = now  # there is room, which others hold, or a process that starts
 
     return Overseer()

@@ -1,0 +1,97 @@
+"""Replicas beyond the reserved ones, on nodes that come and go in mid-search."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import ray
+from conftest import Toy
+from ray.cluster_utils import Cluster
+
+from raycompress.config import ClusterConfig
+from raycompress.distributed import extras
+from raycompress.distributed.pool import ReplicaPool
+from raycompress.ledger import Ledger, read_ledger
+from raycompress.search import Candidate, Trial
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@pytest.fixture
+def growing() -> Iterator[Cluster]:
+    """One node with room for one replica."""
+    head = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 100_000_000}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    ray.init(address=cluster.address, log_to_driver=False)
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def until(what: Callable[[], bool], seconds: float = 200.0) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.2)
+
+
+def test_extra_replicas_come_with_a_node_and_go_when_asked_and_with_it(
+    toy: Toy, growing: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(extras, "REST_SECONDS", 4.0)
+
+    def step(number: int) -> list[Candidate]:
+        """Six candidates that no other step has."""
+        return [toy.candidate(10 + i, recalibrate=1 + number) for i in range(6)]
+
+    spec = toy.spec("ray_tasks:SignallingTask", folder=str(toy.folder), each=0.25)
+    found: list[Trial] = []
+    errors: list[BaseException] = []
+    with (
+        Ledger(toy.folder / "ledger", "a") as ledger,
+        ReplicaPool(
+            spec, ClusterConfig(replicas=1, extra_replicas=2, cpus=1), ledger=ledger
+        ) as pool,
+    ):
+        pool.publish(toy.ranking)
+        ended = threading.Event()
+
+        def search() -> None:
+            try:
+                for number in range(1000):
+                    found.extend(pool.evaluate(step(number)))
+                    if ended.is_set():
+                        return
+            except BaseException as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=search)
+        thread.start()
+        try:
+            until(lambda: bool(found))
+            assert len(pool.replicas) == 1  # no room for more
+
+            node = growing.add_node(num_cpus=2, object_store_memory=100_000_000)
+            until(lambda: len(pool.replicas) == 3 or bool(errors))
+
+            group = ray.util.placement_group([{"CPU": 2}])
+            assert group.wait(60)  # its room was given back
+            assert len(pool.replicas) == 1
+            ray.util.remove_placement_group(group)
+
+            until(lambda: len(pool.replicas) == 3 or bool(errors))
+            growing.remove_node(node, allow_graceful=False)
+            until(lambda: len(pool.replicas) == 1 or bool(errors))
+        finally:
+            ended.set()
+            thread.join(300)
+    assert not errors and not thread.is_alive()
+    expected = toy.local().evaluate([each for n in range(len(found) // 6) for each in step(n)])
+    assert [(t.candidate, t.shards) for t in found] == [(t.candidate, t.shards) for t in expected]
+    assert all(trial.shards for trial in found)
+    # A pool without them says the same of itself: extra ones did work.
+    records = read_ledger(toy.folder / "ledger")
+    assert len({record["worker"] for record in records}) >= 3
