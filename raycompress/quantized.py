@@ -42,10 +42,7 @@ class _Work:
     def how(self, winner: Candidate | None) -> Quantization:
         """The job's quantizer, with the bits that a search found, if one did."""
         assert self.plan.quantize is not None
-        how = self.plan.quantize.how
-        if winner is None or winner.quantize is None:
-            return how
-        return Quantization(how.quantizer, winner.quantize.choices, how.batches)
+        return self.plan.quantize.with_bits(None if winner is None else winner.quantize)
 
 
 def quantize_trials(

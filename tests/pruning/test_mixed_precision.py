@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
+from raycompress.driver import run
 from raycompress.errors import BudgetError, ConfigError, InputError
 from raycompress.ledger import Ledger
 from raycompress.loading import parse_job
@@ -30,6 +31,7 @@ from raycompress.quantize_plan import check_found_bits
 from raycompress.search import Candidate, Probes, Race, Training, answer, run_search
 from raycompress.structure import analyze
 from raycompress.testing import PrunerContract, ToyTask, toy_problem
+from raycompress.weights import WeightStore
 
 PERCENT = "20%"
 
@@ -366,3 +368,23 @@ def test_a_job_trains_with_the_bits_that_were_found(tmp_path):
     with pytest.raises(ConfigError, match="onnx computes in 8 bits, and MixedPrecision finds"):
         check_found_bits(onnx, MixedPrecision(size=PERCENT))
     check_found_bits(onnx, CurveSolver())
+
+
+def test_one_job_prunes_finds_bits_trains_and_stores_them(tmp_path):
+    job = {
+        **JOB,
+        "pruners": [
+            {"type": "MixedPrecision", "size": "16%", "pruner": "L1Filter", "widths": [0.6]}
+        ],
+        "quantize": {"type": "QAT", "lower": "none", "training": {"epochs": 1.0}},
+        "latency": {"batch_sizes": [1], "repeats": 3},
+        "output": str(tmp_path),
+    }
+    (trial,) = run(job).trials
+    assert [row.name for row in trial.rows] == ["dense", "masked", "slim", "quantized"]
+    stored = WeightStore(tmp_path / "weights").get(trial.quantized.weights)
+    how = Quantization.from_key(stored.quantization)
+    assert how.quantizer == QAT() and stored.kept
+    assert {bits.norm for _, bits in how.choices} == {"bn1", "bn2", "bn3", ""}
+    bits = {bits.weight for _, bits in how.choices}
+    assert bits <= {8, 4, 2} and bits != {8}  # not what QAT alone would choose
