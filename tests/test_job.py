@@ -221,6 +221,7 @@ SHIPPED = [
     "quickstart",
     "fashion_annealing",
     "fashion_front",
+    "fashion_quantized",
     "fashion_sensitivity",
     "fashion_tuned",
 ]
