@@ -156,12 +156,14 @@ class Nodes:
         self.restore()
         self.address = self.cluster.address
 
-    def restore(self) -> None:
-        """Puts new nodes where some were killed."""
-        for node in list(self.cluster.worker_nodes):
-            if not alive(_raylet(node)):
+    def restore(self, num: int | None = None) -> None:
+        """Puts new nodes where some were killed, and takes away what is more than `num`."""
+        num = self.num if num is None else num
+        nodes = sorted(self.cluster.worker_nodes, key=lambda node: alive(_raylet(node)))
+        for node in nodes:
+            if not alive(_raylet(node)) or len(self.cluster.worker_nodes) > num:
                 self.cluster.remove_node(node)
-        while len(self.cluster.worker_nodes) < self.num:
+        while len(self.cluster.worker_nodes) < num:
             self.cluster.add_node(num_cpus=self.cpus)
 
     def one(self, busy: list[int], rng: random.Random) -> list[int]:

@@ -104,6 +104,11 @@ def run_search_trial(
             if payload.get("die") == step and _first(Path(payload["ledger"]) / "died"):
                 (Path(payload["ledger"]) / "trial-pid").write_text(str(os.getpid()))
                 time.sleep(600)  # the test kills the process here
+            if step and (
+                payload.get("falls") == "always"
+                or (payload.get("falls") == "once" and _first(Path(payload["ledger"]) / f"{step}"))
+            ):
+                os.kill(os.getpid(), signal.SIGKILL)
             candidate = Candidate.of({name: count}, ranking, weights=shared["weights"])
             trial = pool.evaluate([candidate])[0]
             scores.append(trial.score)

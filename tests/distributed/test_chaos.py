@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import shutil
 import subprocess
 import sys
 import time
@@ -41,13 +40,12 @@ from tests.distributed.chaos import (
     records,
     the_trial,
 )
+from tests.distributed.chaos_jobs import JOBS, REPLICAS, TASK, job, states, store, told
 from tests.distributed.chaos_task import ChaosTask
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 ROOT = Path(__file__).parents[2]
-TASK = "tests.distributed.chaos_task:ChaosTask"
 KILLS = 3
-REPLICAS = 2
 
 
 @pytest.fixture(scope="module")
@@ -135,36 +133,6 @@ def test_killed_replicas_change_nothing(name: str, seed: int, tmp_path: Path) ->
     assert 1 <= check_books(log, out, strikes) <= DEPTH * KILLS
 
 
-ANNEALING = {"type": "SimulatedAnnealing", "iterations": 6, "neighbours": 3, "recalibrate": 1}
-NET_ADAPT = {"type": "NetAdapt", "iterations": 4, "epochs": 0.7}
-CURVES = {"type": "CurveSolver", "iterations": 3}
-JOBS: dict[str, dict[str, Any]] = {
-    "annealing": {"pruners": [{**ANNEALING, "chains": 2}]},
-    "net-adapt": {"pruners": [NET_ADAPT]},
-    "curves": {"pruners": [CURVES]},
-    "two trials": {"pruners": [ANNEALING, NET_ADAPT]},
-    "study": {
-        "pruners": [{**ANNEALING, "criterion": {"choice": ["l1", "l2", "fpgm"]}}],
-        "tune": {"num_samples": 3},
-    },
-}
-
-
-def job(name: str, output: Path, seconds: float = 0.0, **cluster: Any) -> dict[str, Any]:
-    return {
-        "name": "chaos",
-        "task": TASK,
-        "task_args": {"log": f"{output}.log", "seconds": seconds},
-        "budgets": [{"params": "40%"}],
-        "latency": {"batch_sizes": [1], "repeats": 1},
-        "recover": {"epochs": 0.5},
-        "cluster": {"replicas": REPLICAS, "cpus": 0.5, **cluster},
-        "tracking": {"uri": "none"},
-        "output": str(output),
-        **JOBS[name],
-    }
-
-
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Jobs in one process that nothing disturbs, each run once: output and result."""
@@ -177,19 +145,6 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> Any:
         return done[name]
 
     return undisturbed
-
-
-def told(result: JobResult) -> Any:
-    """What must not depend on what happened."""
-    trials = [
-        (
-            *(trial.name, trial.counts, trial.weights, trial.failure, trial.curve, trial.dfe),
-            [(row.name, row.score_validation, row.score_test) for row in trial.rows],
-        )
-        for trial in result.trials
-    ]
-    samples = [(row.name, row.settings, row.state, row.score, row.loss) for row in result.samples]
-    return result.best, trials, sorted(samples, key=lambda row: row[0])
 
 
 def moments_of(calm: Path, rng: random.Random, num: int = 1) -> list[int]:
@@ -239,27 +194,16 @@ def raycompress(path: Path) -> subprocess.Popen[str]:
     )
 
 
-@pytest.fixture(scope="module")
-def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow store that has been through its migrations, which take seconds."""
-    import mlflow
-
-    folder = tmp_path_factory.mktemp("migrated")
-    mlflow.MlflowClient(tracking_uri=f"sqlite:///{folder}/mlflow.db").search_experiments()
-    return folder / "mlflow.db"
-
-
 @pytest.mark.parametrize("name", JOBS)
 def test_a_killed_driver_goes_on_where_it_was(
-    name: str, whole: Nodes, calm: Any, migrated: Path, tmp_path: Path
+    name: str, whole: Nodes, calm: Any, tmp_path: Path
 ) -> None:
     before, expected = calm(name)
     rng, output = random.Random(f"{name} driver"), tmp_path / "out"
     content = job(name, output, 0.05, address=whole.address)
     if name == "two trials":
         content["tracking"] = {}
-        output.mkdir()
-        shutil.copy(migrated, output / "mlflow.db")
+        store(output)
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(content))
     driver = raycompress(tmp_path / "job.yaml")
     killer = Killer(
@@ -286,15 +230,3 @@ def test_a_killed_driver_goes_on_where_it_was(
     assert check_books(killer.log, output, [strike]) <= DEPTH * REPLICAS * trials
     if name == "two trials":
         assert states(output) == ["FINISHED"] * 3  # the job's, and one for each trial
-
-
-def states(output: Path) -> list[str]:
-    """Of the runs in a job's own MLflow store; each step of a curve is there once."""
-    import mlflow
-
-    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{output}/mlflow.db")
-    runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
-    for found in runs:
-        steps = [m.step for m in client.get_metric_history(found.info.run_id, "best_loss")]
-        assert steps == list(range(len(steps)))
-    return [found.info.status for found in runs]
