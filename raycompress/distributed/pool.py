@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter, deque
+from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,13 @@ import ray
 from raycompress.config import ClusterConfig
 from raycompress.distributed.cluster import bundle, check_feasible
 from raycompress.distributed.extras import Extras
-from raycompress.distributed.slots import NODE_LOST, Slot, loss_reason, wait_ready
+from raycompress.distributed.slots import (
+    UNREACHABLE,
+    Slot,
+    loss_reason,
+    on_living_nodes,
+    wait_ready,
+)
 from raycompress.distributed.spec import PackedWeights, PoolSpec, SharedSpec
 from raycompress.errors import EvaluationError
 from raycompress.executor import LedgerExecutor
@@ -39,6 +45,10 @@ DEPTH = 2
 
 MAX_LOSSES = 3
 """A unit that was running in this many replicas when they were lost counts as the cause."""
+
+Losses = defaultdict[int, list[str]]
+"""For each unit the replicas that were lost while it ran: "", or the node of one that may have been
+lost with its node."""
 
 POLL_SECONDS = 0.5
 """How often deadlines and training progress are looked at while nothing finishes."""
@@ -233,7 +243,7 @@ class ReplicaPool(LedgerExecutor):
 
     def _run(self, units: Sequence[Unit]) -> Iterator[tuple[int, UnitResult]]:
         waiting = deque(range(len(units)))
-        losses: Counter[int] = Counter()
+        losses: Losses = defaultdict(list)
         left = len(units)
         try:
             while left:
@@ -247,7 +257,7 @@ class ReplicaPool(LedgerExecutor):
                 if slot.in_flight:  # the caller gave up: nobody wants these answers
                     slot.abandon()
 
-    def _fill(self, units: Sequence[Unit], waiting: deque[int], losses: Counter[int]) -> None:
+    def _fill(self, units: Sequence[Unit], waiting: deque[int], losses: Losses) -> None:
         """Sends waiting units, level by level, so that no replica takes two while one has none."""
         for depth in range(DEPTH):
             for slot in self._working:
@@ -261,15 +271,13 @@ class ReplicaPool(LedgerExecutor):
                 index = waiting[0]
                 if slot.races:
                     index = next((i for i in waiting if slot.has_built(units[i])), index)
-                suspect = losses[index] > 0
+                suspect = bool(losses[index])
                 if depth and (suspect or any(losses[i] for i in slot.in_flight.values())):
                     continue
                 waiting.remove(index)
                 slot.send(index, units[index])
 
-    def _collect(
-        self, waiting: deque[int], losses: Counter[int]
-    ) -> Iterator[tuple[int, UnitResult]]:
+    def _collect(self, waiting: deque[int], losses: Losses) -> Iterator[tuple[int, UnitResult]]:
         """What has finished; waits for it for at most `POLL_SECONDS`."""
         references = [ref for slot in self._working for ref in slot.references()]
         done = _finished(references, 0.0) or _finished(references, POLL_SECONDS)
@@ -298,7 +306,7 @@ class ReplicaPool(LedgerExecutor):
             wait_ready(self._slots, self._start, self.cluster, self._info, num=1)
 
     def _lose(
-        self, slot: Slot, reason: str, waiting: deque[int], losses: Counter[int]
+        self, slot: Slot, reason: str, waiting: deque[int], losses: Losses
     ) -> Iterator[tuple[int, UnitResult]]:
         """Replaces a replica; its running unit is charged, the one behind it is not.
 
@@ -307,8 +315,11 @@ class ReplicaPool(LedgerExecutor):
         indices = list(slot.in_flight.values())
         self._replace(slot, reason)
         for position, index in enumerate(indices):
-            losses[index] += position == 0 and reason != NODE_LOST
-            if losses[index] < MAX_LOSSES:
+            if position == 0:
+                losses[index].append(slot.node if reason == UNREACHABLE else "")
+            if len(losses[index]) >= MAX_LOSSES:
+                losses[index] = on_living_nodes(losses[index], MAX_LOSSES)
+            if len(losses[index]) < MAX_LOSSES:
                 # Behind the others if it may be the cause: the search goes on meanwhile.
                 waiting.append(index) if position == 0 else waiting.appendleft(index)
                 continue

@@ -20,11 +20,21 @@ from raycompress.host import MAX_BUILT
 from raycompress.search import Candidate
 from raycompress.units import HostInfo, Unit
 
-__all__ = ["NODE_LOST", "Slot", "loss_reason", "wait_ready"]
+__all__ = ["UNREACHABLE", "Slot", "loss_reason", "on_living_nodes", "wait_ready"]
 
 SETUP_ATTEMPTS = 3
-NODE_LOST = "its node was lost"
-"""Why a replica was lost that can't be its unit's fault."""
+UNREACHABLE = "it can't be reached any more: its node was lost, or its process died unnoticed"
+"""Why a replica was lost that may be no fault of its unit's."""
+NODE_SECONDS = 60.0
+"""Within which Ray notices that a node is gone; its replicas can't be reached long before."""
+
+
+class _OnNode(Replica):
+    """A replica that knows where it is."""
+
+    def arrive(self, *arguments: Any) -> tuple[HostInfo, str]:
+        """Sets itself up; returns the id of its node as well."""
+        return self.setup(*arguments), str(ray.get_runtime_context().get_node_id())
 
 
 @dataclass(eq=False)
@@ -37,6 +47,7 @@ class Slot:
         setup: Reference to the handshake.
         started: When it was asked for, on the monotonic clock.
         info: The handshake's answer; None until it came.
+        node: Id of its node, likewise.
         in_flight: Index of the unit by the reference of its result, oldest first.
         running_since: When the oldest of them became the oldest.
         leaving: It gets no more units.
@@ -47,6 +58,7 @@ class Slot:
     setup: Any
     started: float
     info: HostInfo | None = None
+    node: str = ""
     in_flight: dict[Any, int] = field(default_factory=dict)
     running_since: float = 0.0
     leaving: bool = False
@@ -73,11 +85,11 @@ class Slot:
             concurrency_groups={"control": 1},  # answers while a unit runs
             scheduling_strategy="SPREAD" if outside else None,  # None: where this process is
         )
-        actor_class = wrap(Replica)
+        actor_class = wrap(_OnNode)
         actor = actor_class.remote(name, cluster.gpus > 0)
         # References given as arguments arrive as values; nested in the spec they'd stay references.
         small = SharedSpec(**{**vars(shared), "structure": None, "weights": ()})
-        setup = actor.setup.remote(small, shared.structure, *published)
+        setup = actor.arrive.remote(small, shared.structure, *published)
         return Slot(name, actor, setup, time.monotonic())
 
     @property
@@ -127,7 +139,7 @@ class Slot:
         if self.setup not in finished:
             return None
         try:
-            answer: HostInfo = ray.get(self.setup)
+            answer, self.node = ray.get(self.setup)
         except ray.exceptions.RayTaskError as error:
             raise _cause(error) from error
         except ray.exceptions.RayError as error:
@@ -199,7 +211,8 @@ def wait_ready(
             lost = slot.welcome(done, info) if info is not None else None
             if info is None:
                 try:
-                    info = slot.info = ray.get(slot.setup)
+                    info, slot.node = ray.get(slot.setup)
+                    slot.info = info
                 except ray.exceptions.RayTaskError as error:
                     raise _cause(error) from error
                 except ray.exceptions.RayError as error:
@@ -227,6 +240,17 @@ def wait_ready(
     return info
 
 
+def on_living_nodes(nodes: Sequence[str], most: int) -> list[str]:
+    """Those that aren't ids of dead nodes; waits until Ray knows, or fewer than `most` are left."""
+    deadline = time.monotonic() + NODE_SECONDS
+    while True:
+        dead = {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
+        left = [node for node in nodes if node not in dead]
+        if len(left) < most or not any(left) or time.monotonic() > deadline:
+            return left
+        time.sleep(0.5)
+
+
 def check_alike(name: str, got: HostInfo, wanted: HostInfo) -> None:
     """Replicas that differ would give results that differ.
 
@@ -250,8 +274,8 @@ def loss_reason(error: Exception) -> str:
         cause = _cause(error)
         return f"{type(cause).__name__}: {cause}".splitlines()[0]
     text = " ".join(str(error).split())
-    if "node has died" in text:
-        return NODE_LOST
+    if isinstance(error, ray.exceptions.ActorUnavailableError) or "node has died" in text:
+        return UNREACHABLE
     # Ray names the OOM killer as a possible cause of any death: only its own monitor's word counts.
     if isinstance(error, ray.exceptions.OutOfMemoryError) or "low on memory" in text:
         return "its process was killed for lack of memory"
