@@ -34,7 +34,7 @@ def job(name: str, output: Path, seconds: float = 0.0, **cluster: Any) -> dict[s
         "budgets": [{"params": "40%"}],
         "latency": {"batch_sizes": [1], "repeats": 1},
         "recover": {"epochs": 0.5},
-        "cluster": {"replicas": REPLICAS, "cpus": 0.5, **cluster},
+        "cluster": {"replicas": REPLICAS, "cpus": 0.5, "start_timeout": 300.0, **cluster},
         "tracking": {"uri": "none"},
         "output": str(output),
         **JOBS[name],
