@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import TreeSpec, tree_leaves, tree_unflatten
 
 from raycompress.artifacts.export import (
     ExampleInputs,
@@ -23,9 +23,92 @@ from raycompress.artifacts.export import (
 )
 from raycompress.errors import ArtifactError
 
-__all__ = ["save_onnx"]
+__all__ = ["OnnxModel", "check_onnx", "save_onnx", "write_onnx"]
 
 _LARGEST = 2**31 - 2**20  # bytes of one protobuf message; weights beyond lie in a file beside it
+
+
+class OnnxModel(nn.Module):
+    """A file on onnxruntime's CPU kernels, called as the module that it was made of.
+
+    As many threads as torch has now.
+
+    Args:
+        path: Of the file.
+        spec: How answers are nested; None: a list of tensors.
+        optimized: Where to write the graph that really runs.
+    """
+
+    def __init__(
+        self, path: Path, spec: TreeSpec | None = None, optimized: Path | None = None
+    ) -> None:
+        super().__init__()
+        onnxruntime = import_module("onnxruntime")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3  # errors
+        if optimized is not None:
+            options.optimized_model_filepath = str(optimized)
+        self.spec = spec
+        self.session = onnxruntime.InferenceSession(
+            path, options, providers=["CPUExecutionProvider"]
+        )
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Tensors on the CPU."""
+        values = [v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
+        names = [value.name for value in self.session.get_inputs()]
+        feed = {n: v.detach().numpy() for n, v in zip(names, values, strict=True)}
+        answers = [torch.from_numpy(answer) for answer in self.session.run(None, feed)]
+        return answers if self.spec is None else tree_unflatten(answers, self.spec)
+
+
+def check_onnx(what: str) -> None:
+    """Raises an ArtifactError, which begins with `what`, without the extra `onnx`."""
+    try:
+        # torch would import the others much later, and say less.
+        for name in ("onnx", "onnxscript", "onnxruntime"):
+            import_module(name)
+    except ImportError as error:
+        raise ArtifactError(
+            f"{what} needs the extra `onnx` (pip install 'raycompress[onnx]'): {error}"
+        ) from error
+
+
+def write_onnx(program: torch.export.ExportedProgram, inputs: Inputs, path: Path) -> None:
+    """Writes a program, unchecked.
+
+    Args:
+        program: Of a model in evaluation mode.
+        inputs: That it was traced with.
+        path: Of the file. Weights above 2 GB are written to `<path>.data`.
+
+    Raises:
+        ArtifactError: torch.onnx can't export it.
+    """
+    tensors = [*program.state_dict.values(), *program.constants.values()]
+    size = sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            written = torch.onnx.export(
+                program, inputs.args, kwargs=inputs.kwargs, dynamo=True, verbose=False
+            )
+            assert written is not None  # what it is without dynamo
+            # Where in whose source each node comes from.
+            written.model.metadata_props.clear()
+            graph = written.model.graph
+            graph.metadata_props.clear()
+            for node in graph.all_nodes():
+                node.metadata_props.clear()
+            for value in graph.inputs:
+                value.metadata_props.clear()
+            written.save(path, external_data=size > _LARGEST)
+    except Exception as error:  # the exporter raises all kinds
+        path.unlink(missing_ok=True)
+        raise ArtifactError(
+            f"torch.onnx can't export the model: {type(error).__name__}: {first_line(error)}"
+        ) from error
 
 
 def save_onnx(model: nn.Module, example_inputs: ExampleInputs, path: str | Path) -> Saved:
@@ -40,45 +123,13 @@ def save_onnx(model: nn.Module, example_inputs: ExampleInputs, path: str | Path)
         ArtifactError: the extra isn't installed, or the model can't be exported.
         VerificationError: onnxruntime computes something else, or doesn't run it.
     """
-    try:
-        # torch would import the others much later, and say less.
-        _, _, onnxruntime = map(import_module, ("onnx", "onnxscript", "onnxruntime"))
-    except ImportError as error:
-        raise ArtifactError(
-            f"saving .onnx needs the extra `onnx` (pip install 'raycompress[onnx]'): {error}"
-        ) from error
+    check_onnx("saving .onnx")
     path, model = Path(path), portable(model)
     program, inputs, reason = exported(model, Inputs.of(example_inputs))
-    size = sum(t.numel() * t.element_size() for t in program.state_dict.values())
     partial = path.with_name(f"{path.stem}.partial.onnx")
+    write_onnx(program, inputs, partial)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.onnx.export(
-                program,
-                inputs.args,
-                partial,
-                kwargs=inputs.kwargs,
-                dynamo=True,
-                verbose=False,
-                external_data=size > _LARGEST,
-            )
-    except Exception as error:  # the exporter raises all kinds
-        partial.unlink(missing_ok=True)
-        raise ArtifactError(
-            f"torch.onnx can't export {type(model).__name__}: {type(error).__name__}: "
-            f"{first_line(error)}"
-        ) from error
-    try:
-        session = onnxruntime.InferenceSession(partial, providers=["CPUExecutionProvider"])
-
-        def run(*args: Any, **kwargs: Any) -> list[Tensor]:
-            values = [v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
-            names = [value.name for value in session.get_inputs()]
-            feed = {n: v.numpy() for n, v in zip(names, values, strict=True)}
-            return [torch.from_numpy(answer) for answer in session.run(None, feed)]
-
-        compare(model, run, inputs, dynamic_batch=not reason)
+        compare(model, OnnxModel(partial), inputs, dynamic_batch=not reason)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

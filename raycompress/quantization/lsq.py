@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from raycompress.errors import ConfigError
 from raycompress.method import TrainingMethod, TrainingRun
+from raycompress.quantization.fake_quant import Grid
 from raycompress.quantization.layers import attach
 from raycompress.quantization.quantizer import Bits, Quantizer, default_layers
 from raycompress.steps import after_step, before_step, stepped
@@ -89,6 +90,12 @@ class LearnedStep(nn.Module):
         self.low = self.high = 0
         if weight is not None:
             self._start(weight, signed=True)
+
+    @property
+    def grid(self) -> Grid:
+        """What it rounds to, once it has started."""
+        zero = torch.zeros((), dtype=torch.int32, device=self.step.device)
+        return Grid(self.step.detach(), zero, self.low, self.high)
 
     def forward(self, v: Tensor) -> Tensor:
         """Weights, or activations of shape (n, ...)."""

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from raycompress.errors import StructureError
-from raycompress.quantization.layers import QUANTIZED
+from raycompress.quantization.layers import QUANTIZED, QuantizedLayer
 
 __all__ = ["norms_behind"]
 
@@ -76,7 +76,7 @@ def norms_behind(model: nn.Module, example_inputs: tuple[Any, ...]) -> dict[str,
         return before, after
 
     for name, module in model.named_modules():
-        if type(module) in QUANTIZED:
+        if type(module) in QUANTIZED or isinstance(module, QuantizedLayer):
             module.register_forward_hook(layer_hook(name))
         elif isinstance(module, _NORMS) and module.running_var is not None:
             before, after = norm_hooks(name)

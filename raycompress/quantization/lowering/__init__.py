@@ -11,7 +11,9 @@ from raycompress.wording import near
 
 __all__ = ["BACKENDS", "Lower", "Lowered", "lowering"]
 
-BACKENDS: dict[str, str] = {}
+BACKENDS: dict[str, str] = {
+    "onnx": "raycompress.quantization.lowering.onnx",
+}
 """Backend -> module with `lower`, a `Lower`, and `check()`, which raises a ConfigError without it.
 
 Modules, since each imports a runtime that is only there if it was asked for.
