@@ -22,6 +22,7 @@ from raycompress.plan import Plan, StudyPlan, prepare
 from raycompress.progress import Progress, SilentProgress
 from raycompress.publish import check_tracking, open_tracker, publish, unpublished
 from raycompress.results import JobResult, SampleRow
+from raycompress.storage import writing
 from raycompress.tracking.base import Status, Tracker
 from raycompress.trial import Shared, finished, run_trial
 from raycompress.tuned import Samples
@@ -163,6 +164,7 @@ def run(
     shown = progress if progress is not None else SilentProgress()
     with ExitStack() as stack:
         stack.callback(shown.close)
+        stack.enter_context(writing(plan.output))
         stack.enter_context(lock(plan.output))
         if not changed:
             check_changes(plan.config, plan.output)

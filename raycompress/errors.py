@@ -10,6 +10,7 @@ RaycompressError
 ├── StructureError          masks or example inputs that don't fit the model
 ├── ArtifactError           a saved model is damaged, hostile, or of another class
 ├── VerificationError       the slim model doesn't compute what the masked one does
+├── StorageError            the output's disk is full
 ├── EvaluationError         candidates failed, or their replicas were lost too often
 ├── InterruptedJob          stopped by a signal; the same command continues
 └── UnpublishedJob          done, but not logged; the same command logs it
@@ -26,6 +27,7 @@ __all__ = [
     "InputError",
     "InterruptedJob",
     "RaycompressError",
+    "StorageError",
     "StructureError",
     "TaskError",
     "TrackingError",
@@ -76,6 +78,10 @@ class ArtifactError(RaycompressError):
 
 class VerificationError(RaycompressError):
     """The slim model doesn't compute what the masked one does."""
+
+
+class StorageError(RaycompressError):
+    """The output's disk is full; what was finished is kept, and with room the job continues."""
 
 
 class EvaluationError(RaycompressError):

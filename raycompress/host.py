@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from raycompress.collect import Collector, Probe
 from raycompress.data import Splits
-from raycompress.errors import TaskError
+from raycompress.errors import StorageError, TaskError
 from raycompress.identity import data_digest, numeric_class, task_digest
 from raycompress.layer_rows import Answers
 from raycompress.masks import Masks, masked_copy, weight_masks
@@ -125,6 +125,8 @@ class ModelHost:
                 result = UnitResult(weights=digest)
             else:
                 result = UnitResult(shards=self._evaluate(unit))
+        except StorageError:  # no candidate's failure
+            raise
         except Exception as error:
             self._built.clear()
             message = str(error).strip().splitlines()

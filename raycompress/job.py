@@ -16,7 +16,7 @@ from typing import Any, NoReturn, Protocol
 
 from raycompress.analysis.sensitivity import SensitivityRow, write_sensitivity
 from raycompress.config import TrainingConfig
-from raycompress.errors import EvaluationError
+from raycompress.errors import EvaluationError, StorageError
 from raycompress.executor import LedgerExecutor
 from raycompress.finish import finish_trial, trial_without_model
 from raycompress.ledger import Ledger, scan_ledger
@@ -31,6 +31,7 @@ from raycompress.pruning.pruner import Problem, Pruner
 from raycompress.quantized import quantize_trials
 from raycompress.results import Curve, FrozenLayer, JobResult, SampleRow, TrialResult
 from raycompress.search import Candidate, Training, run_search
+from raycompress.storage import writing
 from raycompress.structure.latency.table import LatencyTable
 from raycompress.trial import Shared, finished, run_trial, save_result, unfinished
 from raycompress.tuned import OnSample, Samples
@@ -118,9 +119,12 @@ class LocalBackend:
             return self.pool(plan, ledger, lambda *_: None)
 
         try:
-            return run_trial(payload, make_pool, on_step, shared), None
+            with writing(shared.output):
+                return run_trial(payload, make_pool, on_step, shared), None
         except _Stopped:
             return None, None
+        except StorageError:  # it is no trial's failure, and the others would meet it too
+            raise
         except Exception as error:  # of a pruner, perhaps the user's own: the others go on
             _log.debug("trial %s failed", name, exc_info=True)
             return None, f"{type(error).__name__}: {error}"

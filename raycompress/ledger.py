@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from raycompress.errors import RaycompressError
-from raycompress.storage import ObjectPath, Place, Segments, place_of, read_all
+from raycompress.storage import ObjectPath, Place, Segments, place_of, read_all, writing
 
 __all__ = ["Ledger", "read_ledger", "scan_ledger"]
 
@@ -81,8 +81,10 @@ class _File:
     """A part on a file system: appended to, under a lock."""
 
     def __init__(self, path: Path, patience: float) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("ab")
+        self._path = path
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("ab", buffering=0)
         deadline = time.monotonic() + patience
         while True:
             try:
@@ -95,16 +97,25 @@ class _File:
                         f"ledger {path} is being written by another process"
                     ) from error
                 time.sleep(0.1)
-        self._file.truncate(max((end for _, end in _part(path)), default=0))
+        self._end = max((end for _, end in _part(path)), default=0)
+        self._file.truncate(self._end)
 
     def write(self, data: bytes) -> None:
-        """Outlives this process at once."""
-        self._file.write(data)
-        self._file.flush()
+        """Outlives this process at once, all or nothing."""
+        left = memoryview(data)
+        with writing(self._path, len(data)):
+            try:
+                while left:
+                    left = left[self._file.write(left) :]
+            except OSError:
+                self._file.truncate(self._end)  # no torn line before the next one
+                raise
+        self._end += len(data)
 
     def commit(self) -> None:
         """Outlives the machine."""
-        os.fsync(self._file.fileno())
+        with writing(self._path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Releases the lock."""
@@ -160,13 +171,13 @@ class Ledger:
         They outlive this process at once (in an object store: as they outlive the machine), and
         the machine after the next `commit`, or the next `append` that comes `COMMIT_SECONDS` after
         the last.
+
+        Raises:
+            StorageError: There is no space left; nothing was appended.
         """
-        lines = []
-        for key, record in records.items():
-            line = _line({"key": key, **record})
-            lines.append(line)
-            self._known[key] = _packed(line)
-        self._writer.write(b"".join(lines))
+        lines = {key: _line({"key": key, **record}) for key, record in records.items()}
+        self._writer.write(b"".join(lines.values()))
+        self._known |= {key: _packed(line) for key, line in lines.items()}
         self._pending = True
         if time.monotonic() - self._committed > COMMIT_SECONDS:
             self.commit()

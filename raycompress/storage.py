@@ -7,9 +7,11 @@ needs a folder of the local disk, as MLflow and other libraries do, goes through
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import re
+import shutil
 import tempfile
 import time
 import uuid
@@ -21,9 +23,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
-from raycompress.errors import ConfigError
+from raycompress.errors import ConfigError, StorageError
 
-__all__ = ["ObjectPath", "Place", "Segments", "place_of", "read_all", "staged", "write_whole"]
+__all__ = [
+    "ObjectPath",
+    "Place",
+    "Segments",
+    "place_of",
+    "read_all",
+    "staged",
+    "write_whole",
+    "writing",
+]
 
 T = TypeVar("T")
 
@@ -176,18 +187,59 @@ def place_of(value: str | os.PathLike[str] | ObjectPath) -> Place:
     return place
 
 
+@contextmanager
+def writing(place: Place, num_bytes: int | None = None) -> Iterator[None]:
+    """Says what a full disk means.
+
+    Args:
+        place: What is written.
+        num_bytes: How much; None: unknown.
+
+    Raises:
+        StorageError: There is no space left, or none within the quota.
+    """
+    try:
+        yield
+    except Exception as error:
+        # safetensors has an error of its own, which keeps the number only in its text.
+        number = getattr(error, "errno", None)
+        full = number in (errno.ENOSPC, errno.EDQUOT) or any(
+            f"(os error {each})" in str(error) for each in (errno.ENOSPC, errno.EDQUOT)
+        )
+        if not full or isinstance(error, StorageError):
+            raise
+        needed = "" if num_bytes is None else f" {num_bytes:,} bytes to"
+        there = None
+        if isinstance(place, Path):
+            there = next((p for p in (place, *place.parents) if p.exists()), None)
+        free = "" if there is None else f", {shutil.disk_usage(there).free:,} bytes are free"
+        raise StorageError(
+            f"no space left to write{needed} {place}{free}; what was finished is kept: make room, "
+            "and the same command continues"
+        ) from error
+
+
 def write_whole(place: Place, data: bytes) -> None:
-    """Writes a file that appears whole or not at all, and is durable when this returns."""
+    """Writes a file that appears whole or not at all, and is durable when this returns.
+
+    Raises:
+        StorageError: There is no space left.
+    """
     if isinstance(place, ObjectPath):
         place.write_bytes(data)
         return
-    place.parent.mkdir(parents=True, exist_ok=True)
     temporary = place.with_name(f".{place.name}.{os.getpid()}.partial")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, place)
+    with writing(place, len(data)):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, place)
+        except OSError:
+            temporary.unlink(missing_ok=True)  # it would take the room that there is
+            raise
 
 
 def read_all(places: Sequence[ObjectPath]) -> list[bytes]:

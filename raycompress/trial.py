@@ -31,6 +31,7 @@ from raycompress.plan import TrialPlan
 from raycompress.points import Pricer, Recorder, points_path
 from raycompress.pruning.pruner import Problem
 from raycompress.search import Candidate, Ranking, Training, Trial, digest_of, run_search
+from raycompress.storage import write_whole, writing
 from raycompress.structure import Cost, Structure
 from raycompress.structure.latency.table import LatencyTable
 from raycompress.task import Task
@@ -320,20 +321,18 @@ def metrics_of(point: Mapping[str, Any]) -> dict[str, float]:
 
 def write_json(path: Path, value: object) -> None:
     """Writes JSON so that the file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(value, indent=1))
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(value, indent=1).encode())
 
 
 def save_ranking(ranking: Ranking, folder: Path) -> None:
     """Writes a ranking as `<digest>.safetensors`."""
     path = folder / f"{ranking.digest}.safetensors"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f".{ranking.digest}.{os.getpid()}.partial"
-        save_file(dict(ranking.orders), temporary, metadata={"kind": ranking.kind})
-        os.replace(temporary, path)
+        with writing(path):
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(dict(ranking.orders), temporary, metadata={"kind": ranking.kind})
+            os.replace(temporary, path)
 
 
 def load_ranking(digest: str, folder: Path) -> Ranking:

@@ -22,7 +22,7 @@ from safetensors.torch import save, save_file
 from torch import Tensor
 
 from raycompress.errors import RaycompressError
-from raycompress.storage import ObjectPath, Place, place_of
+from raycompress.storage import ObjectPath, Place, place_of, writing
 
 __all__ = ["WeightStore", "Weights", "digest_of_state"]
 
@@ -85,7 +85,11 @@ class WeightStore:
         return self.folder / f"{digest}.safetensors"
 
     def put(self, weights: Weights) -> str:
-        """Stores weights and returns their digest; the file appears whole or not at all."""
+        """Stores weights and returns their digest; the file appears whole or not at all.
+
+        Raises:
+            StorageError: There is no space left.
+        """
         digest = digest_of_state(weights)
         path = self.path(digest)
         if not path.exists():
@@ -101,13 +105,18 @@ class WeightStore:
             if isinstance(path, ObjectPath):
                 path.write_bytes(save(state, metadata))
                 return digest
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".partial")
-            os.close(handle)
-            save_file(state, temporary, metadata=metadata)
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+            with writing(path, sum(tensor.nbytes for tensor in state.values())):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".partial")
+                os.close(handle)
+                try:
+                    save_file(state, temporary, metadata=metadata)
+                    with open(temporary, "rb") as file:
+                        os.fsync(file.fileno())
+                    os.replace(temporary, path)
+                except (OSError, SafetensorError):
+                    os.unlink(temporary)  # it would take the room that there is
+                    raise
         return digest
 
     def get(self, digest: str) -> Weights:

@@ -26,7 +26,7 @@ from raycompress.distributed.slots import (
     wait_ready,
 )
 from raycompress.distributed.spec import PackedWeights, PoolSpec, SharedSpec
-from raycompress.errors import EvaluationError
+from raycompress.errors import EvaluationError, StorageError
 from raycompress.executor import LedgerExecutor
 from raycompress.ledger import Ledger
 from raycompress.search import Candidate, Ranking
@@ -287,6 +287,8 @@ class ReplicaPool(LedgerExecutor):
             for reference in [ref for ref in slot.in_flight if ref in done]:
                 result = answers[reference]
                 if isinstance(result, ray.exceptions.RayTaskError):
+                    if isinstance(result.cause, StorageError):
+                        raise result.cause
                     result = UnitResult(failure=loss_reason(result), worker=slot.name)
                 elif isinstance(result, Exception):
                     lost = loss_reason(result)

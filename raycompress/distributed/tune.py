@@ -26,7 +26,7 @@ from raycompress.config import ClusterConfig
 from raycompress.distributed.cluster import bundle, check_feasible
 from raycompress.distributed.pool import ReplicaPool
 from raycompress.distributed.spec import PoolSpec, SharedSpec, TrialSpec, import_object
-from raycompress.errors import ClusterError, EvaluationError, InputError
+from raycompress.errors import ClusterError, EvaluationError, InputError, StorageError
 
 __all__ = ["TrialSpec", "run_samples", "run_trials"]
 
@@ -117,6 +117,9 @@ def run_trials(
             for name in missing
             if results[name] is None and name not in stopped
         }
+        for reason in failures.values():
+            if (start := reason.find("StorageError: ")) >= 0:
+                raise StorageError(reason[start:].partition(": ")[2])
     return {name: result for name, result in results.items() if result is not None}, failures
 
 
@@ -261,6 +264,8 @@ def _trial(config: Mapping[str, Any], common: _Common) -> None:
         run = import_object(common.run)
         run(dict(spec.payload), make_pool, report, ray.get(common.shared))
     except Exception as error:
+        if isinstance(error, StorageError):
+            raise  # no room for a file either
         text = f"{type(error).__name__}: {error}"
         _write(_error(folder, spec.name), {"error": text})
         lasting = isinstance(error, InputError | EvaluationError)

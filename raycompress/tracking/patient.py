@@ -91,15 +91,17 @@ class _Writer:
         """Returns when all calls have been made.
 
         Args:
-            seconds: To wait while the store is away; None: as the job says.
+            seconds: To wait for each call; None: for one that is under way as long as MLflow waits,
+                for a store that is away as long as the job says.
 
         Raises:
-            TrackingError: It still is.
+            TrackingError: It is still away.
         """
         start, limit = time.monotonic(), self.wait if seconds is None else seconds
         with self._changed:
             while (self._calls or self._running is not None) and self._broken is None:
-                if time.monotonic() - max(start, self._answered) > limit:
+                over = time.monotonic() - max(start, self._answered) > limit
+                if over and (self.away is not None or seconds is not None):
                     raise self.away or TrackingError(f"it didn't answer within {limit:g} s")
                 self._changed.wait(0.1)
             if self._broken is not None:

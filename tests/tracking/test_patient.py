@@ -160,6 +160,15 @@ def test_models_and_the_end_wait_for_the_store_but_not_for_ever(job):
     assert ("params", {"late": 1}) not in made(store, "job")
 
 
+def test_a_slow_store_is_not_away(job):
+    tracker, store, _ = job
+    store.hold.clear()
+    threading.Timer(0.6, store.hold.set).start()  # twice what it would wait for one that is away
+    tracker.log_params({"seed": 1})
+    tracker.finish("FINISHED")
+    assert made(store, "job")[-1] == ("finish", "FINISHED")
+
+
 def test_a_store_that_never_answers_holds_up_no_end(job):
     tracker, store, _ = job
     store.hold.clear()
