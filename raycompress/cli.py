@@ -27,7 +27,8 @@ __all__ = ["app", "main"]
 
 EPILOG = (
     "Exit codes: 0 done; 1 the job failed; 2 bad input, nothing was started; "
-    "75 stopped, the same command continues; 130 Ctrl-C left a submitted job running."
+    "75 stopped, or done while the tracking store was away: the same command continues; "
+    "130 Ctrl-C left a submitted job running."
 )
 
 app = typer.Typer(

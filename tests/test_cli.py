@@ -12,7 +12,12 @@ from typer.testing import CliRunner
 import raycompress
 import raycompress.driver
 from raycompress.cli import app
-from raycompress.errors import EvaluationError, InterruptedJob
+from raycompress.errors import (
+    EvaluationError,
+    InterruptedJob,
+    StorageError,
+    UnpublishedJob,
+)
 from raycompress.progress import PlainProgress, TerminalProgress
 
 JOB = """\
@@ -53,7 +58,8 @@ def test_version_and_exit_codes_are_told():
     for command in ([], ["run"], ["validate"], ["materialize"]):
         text = " ".join(CliRunner().invoke(app, [*command, "--help"]).output.split())
         assert "Exit codes: 0 done; 1 the job failed; 2 bad input" in text
-        assert "75 stopped, the same command continues;" in text
+        assert "75 stopped, or done while the tracking store was away: the same" in text
+        assert "130 Ctrl-C left a submitted job running." in text
 
 
 def test_without_a_command_help_is_shown():
@@ -65,6 +71,8 @@ def test_without_a_command_help_is_shown():
     [
         (EvaluationError("all candidates failed"), 1, "error: all candidates failed\n"),
         (InterruptedJob("stopped; go on"), 75, "error: stopped; go on\n"),
+        (UnpublishedJob("done; not logged"), 75, "error: done; not logged\n"),
+        (StorageError("no space left"), 1, "error: no space left\n"),
         (KeyboardInterrupt(), 75, "error: stopped; the same command starts again\n"),
     ],
 )
