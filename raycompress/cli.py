@@ -45,7 +45,7 @@ Set = Annotated[
     typer.Option("--set", help="Override a key, such as cluster.replicas=3; may be repeated."),
 ]
 Output = Annotated[
-    str | None, typer.Option("--output", help="Folder of everything that the job writes.")
+    str | None, typer.Option("--output", help="Folder or URI of everything that the job writes.")
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON on stdout.")]
@@ -106,6 +106,7 @@ def _samples(result: JobResult, study: str) -> str:
 def _run(config: JobConfig, json: bool, quiet: bool, changed: bool) -> None:
     from raycompress.driver import run
     from raycompress.progress import progress_for
+    from raycompress.storage import place_of
     from raycompress.tracking.report import tables
 
     progress = progress_for(quiet)
@@ -129,9 +130,12 @@ def _run(config: JobConfig, json: bool, quiet: bool, changed: bool) -> None:
         console.print(_samples(result, study), highlight=False, markup=False)
     if result.model_uri:
         console.print(f"model:  {result.model_uri}", highlight=False, soft_wrap=True)
-    console.print(f"report: {result.output}/results/report.md", highlight=False, soft_wrap=True)
+    place = place_of(result.output)
+    report = place / "results" / "report.md"
+    console.print(f"report: {report}", highlight=False, soft_wrap=True)
     if result.tracking_uri:
-        console.print(f"look:   raycompress ui {result.output}", highlight=False, soft_wrap=True)
+        look = f"raycompress ui {place}" if isinstance(place, Path) else result.tracking_uri
+        console.print(f"look:   {look}", highlight=False, soft_wrap=True)
     if json:
         print(result.to_json())
 
@@ -254,7 +258,7 @@ def analyze(
 
 @app.command(epilog=EPILOG)
 def report(
-    output: Annotated[Path, typer.Argument(help="A job's output folder.")],
+    output: Annotated[str, typer.Argument(help="A job's output: a folder, or its URI.")],
     markdown: Annotated[bool, typer.Option(help="Print Markdown.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -262,9 +266,10 @@ def report(
 
     def action() -> None:
         from raycompress.results import JobResult
+        from raycompress.storage import place_of
         from raycompress.tracking.report import report_markdown, tables
 
-        path = output / "results" / "summary.json"
+        path = place_of(output) / "results" / "summary.json"
         if not path.exists():
             raise ConfigError(f"{output} holds no finished job: no file {path}")
         result = JobResult.from_json(path.read_text())
@@ -281,7 +286,7 @@ def report(
 
 @app.command(epilog=EPILOG)
 def materialize(
-    job: Annotated[Path, typer.Argument(help="A job file (YAML), or a job's output folder.")],
+    job: Annotated[str, typer.Argument(help="A job file (YAML), or a job's output.")],
     point: Annotated[
         str, typer.Option("--point", help="Its id, or the id's first characters; see the report.")
     ],

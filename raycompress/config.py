@@ -345,7 +345,8 @@ class JobConfig:
         latency: How latency is measured.
         cluster: Where the work runs.
         tracking: Where results are kept.
-        output: Folder of everything that the job writes; None: ~/.raycompress/<name>.
+        output: Folder of everything that the job writes, on storage that all nodes see: a path, or
+            s3://bucket/folder or gs://bucket/folder; None: ~/.raycompress/<name>.
     """
 
     name: str

@@ -186,7 +186,7 @@ def _run(plan: Plan, progress: Progress, stack: ExitStack) -> JobResult:
     progress.stage("Open the tracking store")
     tracker = open_tracker(plan, job_key(config), progress.message)
     try:
-        backend = backend_of(config, progress, stack)
+        backend = backend_of(plan, progress, stack)
 
         def report(name: str, step: int, metrics: Mapping[str, float]) -> None:
             progress.step(f"{name}: best loss {metrics['best_loss']:.4f}, step {step}")
@@ -216,15 +216,17 @@ def _end(tracker: Tracker, status: Status, progress: Progress) -> None:
         progress.message(f"{error}; its run may stand there as RUNNING until the job continues")
 
 
-def backend_of(config: JobConfig, progress: Progress, stack: ExitStack) -> Backend:
+def backend_of(plan: Plan, progress: Progress, stack: ExitStack) -> Backend:
     """Where a job's work runs; what it connects to is left with the stack."""
+    config = plan.config
     if config.cluster.executor != "ray":
         return LocalBackend()
     progress.stage("Connect to Ray")
-    from raycompress.distributed.cluster import connect
+    from raycompress.distributed.cluster import check_reach, connect
 
     stack.enter_context(connect(config.cluster))
     stack.enter_context(terminable())  # again: Ray has put its own handler there
+    check_reach(plan.output)
     return RayBackend()
 
 

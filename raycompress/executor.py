@@ -13,13 +13,13 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any, Self
 
 from raycompress.dfe import Prices
 from raycompress.identity import structure_digest
 from raycompress.ledger import Ledger
 from raycompress.search import Candidate, Ranking, Shard, Trial, digest_of
+from raycompress.storage import Place
 from raycompress.structure import Structure
 from raycompress.structure.latency.measure import LatencyRow
 from raycompress.structure.latency.table import LatencyTable
@@ -105,7 +105,7 @@ class LedgerExecutor(ABC):
 
     @abstractmethod
     def latency_table(
-        self, batch_size: int = 1, folder: str | Path | None = None, max_seconds: float = 300.0
+        self, batch_size: int = 1, folder: str | Place | None = None, max_seconds: float = 300.0
     ) -> LatencyTable:
         """The model's latency table, measured on one host with nothing else running.
 

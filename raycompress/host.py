@@ -11,9 +11,8 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +28,7 @@ from raycompress.quantization.quantizer import Quantization
 from raycompress.recalibration import recalibrate
 from raycompress.reconstruction import Reconstruction, lost_inputs, reconstruct
 from raycompress.search import Candidate, Ranking, Shard, Training
+from raycompress.storage import Place, place_of, staged
 from raycompress.structure import Structure, expand, slim
 from raycompress.structure.latency.measure import LatencyRow, measure
 from raycompress.structure.latency.table import LatencyTable, latency_table
@@ -157,17 +157,18 @@ class ModelHost:
             )
 
     def latency_table(
-        self, batch_size: int, folder: str | Path | None, max_seconds: float
+        self, batch_size: int, folder: str | Place | None, max_seconds: float
     ) -> LatencyTable:
         """The latency table of the task's model on this host's device; see `latency_table`."""
-        with self._threads():
+        stage = nullcontext(None) if folder is None else staged(place_of(folder))
+        with self._threads(), stage as local:
             return latency_table(
                 self._base,
                 self.structure,
                 self.task.example_inputs(),
                 batch_size=batch_size,
                 device=self.device,
-                folder=folder,
+                folder=local,
                 max_seconds=max_seconds,
             )
 

@@ -31,7 +31,7 @@ from raycompress.pruning.pruner import Problem, Pruner
 from raycompress.quantized import quantize_trials
 from raycompress.results import Curve, FrozenLayer, JobResult, SampleRow, TrialResult
 from raycompress.search import Candidate, Training, run_search
-from raycompress.storage import writing
+from raycompress.storage import staged, writing
 from raycompress.structure.latency.table import LatencyTable
 from raycompress.trial import Shared, finished, run_trial, save_result, unfinished
 from raycompress.tuned import OnSample, Samples
@@ -291,9 +291,8 @@ def _sensitivity(job: _Job, pool: LedgerExecutor, weights: str) -> list[Sensitiv
         raise_failure("evaluating the dense model", dense.failure)
     problem = job.problem(pool, weights)
     rows = plan.sensitivity.run(problem, pool, dense.score)
-    folder = plan.output / "results"
-    folder.mkdir(parents=True, exist_ok=True)
-    write_sensitivity(rows, folder)
+    with staged(plan.output / "results") as folder:
+        write_sensitivity(rows, folder)
     return rows
 
 

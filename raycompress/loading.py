@@ -25,6 +25,7 @@ from raycompress.quantize_section import QuantizeSection
 from raycompress.schema import json_schema, pruner_types
 from raycompress.search import digest_of
 from raycompress.source import Source, plain, to_yaml
+from raycompress.storage import ObjectPath
 from raycompress.task import Task
 from raycompress.tuning.entries import has_spaces
 from raycompress.wording import shown
@@ -60,7 +61,9 @@ def load_job(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Job
 
 
 def load_source(
-    path: str | os.PathLike[str], overrides: Sequence[str] = (), output: str | None = None
+    path: str | os.PathLike[str] | ObjectPath,
+    overrides: Sequence[str] = (),
+    output: str | None = None,
 ) -> tuple[JobConfig, Source]:
     """`load_job`, with the source as well, which knows the lines of later mistakes."""
     source = Source.read(path)

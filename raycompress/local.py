@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 from raycompress.executor import LedgerExecutor
 from raycompress.host import ModelHost
 from raycompress.ledger import Ledger
 from raycompress.search import Candidate, Ranking
+from raycompress.storage import Place
 from raycompress.structure import Structure
 from raycompress.structure.latency.measure import LatencyRow
 from raycompress.structure.latency.table import LatencyTable
@@ -79,7 +79,7 @@ class LocalExecutor(LedgerExecutor):
         return self.host.latency(candidates, batch_sizes, repeats, max_seconds)
 
     def latency_table(
-        self, batch_size: int = 1, folder: str | Path | None = None, max_seconds: float = 300.0
+        self, batch_size: int = 1, folder: str | Place | None = None, max_seconds: float = 300.0
     ) -> LatencyTable:
         """The model's latency table, measured here."""
         return self.host.latency_table(batch_size, folder, max_seconds)

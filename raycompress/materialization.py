@@ -33,6 +33,7 @@ from raycompress.points import read_table
 from raycompress.progress import Progress, SilentProgress
 from raycompress.results import JobResult, ModelRow, Verification
 from raycompress.search import Candidate, Training
+from raycompress.storage import ObjectPath, Place, place_of, staged
 from raycompress.task import SPLITS
 from raycompress.trial import load_ranking, write_json
 from raycompress.weights import WeightStore
@@ -71,7 +72,7 @@ class Materialized:
 
 
 def materialize(
-    job: str | Path,
+    job: str | Path | ObjectPath,
     point: str,
     *,
     trial: str | None = None,
@@ -86,7 +87,7 @@ def materialize(
     `<output>/materialized/<id>`, those of a fine-tuned model below `<id>/recovered`.
 
     Args:
-        job: A job file, or a job's output folder.
+        job: A job file, or a job's output: a folder, or its URI.
         point: Its id in `results/pareto.parquet`, or so many first characters that no other has.
         trial: Whose point, where several trials have it: its seed is that of fine-tuning.
         recover: Fine-tune it, as the job says under `recover`.
@@ -100,7 +101,7 @@ def materialize(
         RaycompressError: Weights or rankings are gone, or nothing can be saved.
         InterruptedJob: It was stopped by a signal.
     """
-    config = _config(Path(job), overrides)
+    config = _config(place_of(job), overrides)
     plan = validate(config, tracking=False)
     summary, path = (plan.output / "results" / n for n in ("summary.json", "pareto.parquet"))
     for needed in (summary, path):
@@ -124,21 +125,24 @@ def materialize(
         stack.enter_context(terminable())
         try:
             work = _Work(plan, chosen, origin["weights"], training, recover)
-            return _materialize(work, backend_of(config, shown, stack), shown)
+            return _materialize(work, backend_of(plan, shown, stack), shown)
         except KeyboardInterrupt:
             raise InterruptedJob("stopped; the same command starts again") from None
 
 
-def _config(job: Path, overrides: Sequence[str]) -> JobConfig:
-    job = job.expanduser()
-    if not job.is_dir():
+def _config(job: Place, overrides: Sequence[str]) -> JobConfig:
+    if isinstance(job, Path):
+        job = job.expanduser().absolute()
+        if not job.is_dir():
+            return load_source(job, overrides)[0]
+    elif job.name.endswith((".yaml", ".yml")):
         return load_source(job, overrides)[0]
     if not (job / "job.yaml").exists():
         raise ConfigError(f"{job} holds no finished job: no file {job / 'job.yaml'}")
-    return load_source(job / "job.yaml", overrides, str(job.absolute()))[0]
+    return load_source(job / "job.yaml", overrides, str(job))[0]
 
 
-def _chosen(points: Sequence[Point], name: str, trial: str | None, path: Path) -> Point:
+def _chosen(points: Sequence[Point], name: str, trial: str | None, path: Place) -> Point:
     """The point that is asked for.
 
     Raises:
@@ -198,7 +202,7 @@ class _Work:
     recover: bool
 
     @property
-    def folder(self) -> Path:
+    def folder(self) -> Place:
         """Where the model goes."""
         folder = self.plan.output / "materialized" / self.point.id
         return folder / "recovered" if self.recover else folder
@@ -243,13 +247,13 @@ def _materialize(work: _Work, backend: Backend, progress: Progress) -> Materiali
 def _saved(work: _Work, done: Finished, model: nn.Module) -> Materialized:
     point, task = work.point, work.plan.task
     models, notes = [], []
-    for suffix in (".safetensors", ".pt2"):
-        path = work.folder / f"model{suffix}"
-        try:
-            save(model, path, task.example_inputs(), kept=done.counts)
-            models.append(str(path))
-        except ArtifactError as error:
-            notes.append(f"no {path.name}: {error}")
+    with staged(work.folder) as folder:
+        for name in ("model.safetensors", "model.pt2"):
+            try:
+                save(model, folder / name, task.example_inputs(), kept=done.counts)
+                models.append(str(work.folder / name))
+            except ArtifactError as error:
+                notes.append(f"no {name}: {error}")
     if not models:
         raise ArtifactError(f"point {point.id} can't be saved: {'; '.join(notes)}")
     result = Materialized(

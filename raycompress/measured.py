@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from raycompress.masks import Masks, masked_copy, save_masks, weight_masks
 from raycompress.plan import Plan
 from raycompress.results import Latency, ModelRow, Verification
 from raycompress.search import Candidate, Training
+from raycompress.storage import Place, staged
 from raycompress.structure import expand, file_size, slim, verify
 from raycompress.structure.latency.measure import LatencyRow
 from raycompress.task import Split
@@ -90,7 +90,7 @@ def finish_candidate(
     candidate: Candidate,
     training: Training,
     name: str,
-    folder: Path,
+    folder: Place,
     pool: LedgerExecutor,
     store: WeightStore,
     dense: Measured,
@@ -102,7 +102,7 @@ def finish_candidate(
         candidate: Its ranking is published.
         training: Of no epochs: builds, reconstructs and recalibrates alone.
         name: For messages.
-        folder: Made if it isn't there.
+        folder: Of files, made if it isn't there.
         pool: Trains, scores and times.
         store: Holds the weights.
         dense: To compare with.
@@ -116,7 +116,6 @@ def finish_candidate(
         raise EvaluationError(f"recovering {name} failed: {recovered.failure}")
     final = candidate.trained(recovered.weights)
     trained = store.get(recovered.weights)
-    folder.mkdir(parents=True, exist_ok=True)
     small = final_model(plan, trained)
     if trained.kept:
         kept = {name: list(indices) for name, indices in trained.kept.items()}
@@ -148,7 +147,8 @@ def finish_candidate(
         masks = weight_masks(plan.model, ranked)
         verification, kept = None, {}
         rows = [_measure("masked", final, small, plan.structure.cost().macs, pool)]
-    save_masks(masks, folder / "masks.safetensors")
+    with staged(folder) as local:
+        save_masks(masks, local / "masks.safetensors")
     write_json(folder / "groups.json", _groups(plan, kept))
     timed = pool.latency(
         {row.name: row.candidate for row in [dense, *rows]},

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import os
-import socket
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from raycompress.config import JobConfig
 from raycompress.errors import ConfigError, InputError
 from raycompress.hiding import hidden
+from raycompress.lease import lease, refusal, this_process
 from raycompress.loading import NOT_RESULTS, build_pruner, parse_job
 from raycompress.source import Source, plain, to_yaml
+from raycompress.storage import ObjectPath, Place, write_whole
 from raycompress.wording import KeyPath, dotted, shown
 
 __all__ = ["check_changes", "keep_job", "lock", "own_id"]
@@ -31,12 +30,16 @@ FREE = (("tune", "num_samples"), ("tune", "keep"))
 
 
 @contextmanager
-def lock(output: Path) -> Iterator[None]:
+def lock(output: Place) -> Iterator[None]:
     """Holds an output folder, made if it isn't there, for this driver alone.
 
     Raises:
         ConfigError: It can't be made, or another driver holds it.
     """
+    if isinstance(output, ObjectPath):
+        with lease(output):
+            yield
+        return
     try:
         output.mkdir(parents=True, exist_ok=True)
         file = (output / "lock").open("a+")
@@ -47,35 +50,27 @@ def lock(output: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise ConfigError(
-                f"output {output} is being written by another driver "
-                f"({file.read().strip() or 'unknown'}); wait for it or stop it, or give another "
-                "--output"
-            ) from None
+            raise refusal(output, file.read().strip()) from None
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.write(this_process())
         file.flush()
         yield
 
 
-def keep_job(config: JobConfig, output: Path) -> None:
+def keep_job(config: JobConfig, output: Place) -> None:
     """Writes `job.yaml`, without secrets."""
-    temporary = output / ".job.yaml.partial"
-    temporary.write_text(to_yaml(hidden(asdict(config))))
-    os.replace(temporary, output / "job.yaml")
+    write_whole(output / "job.yaml", to_yaml(hidden(asdict(config))).encode())
 
 
-def own_id(output: Path) -> str:
-    """What tells an output folder's runs from those of others that hold the same job."""
+def own_id(output: Place) -> str:
+    """What tells an output's runs from those of others that hold the same job."""
     path = output / "id"
     if not path.exists():
-        temporary = output / ".id.partial"
-        temporary.write_text(uuid.uuid4().hex[:12])
-        os.replace(temporary, path)
+        write_whole(path, uuid.uuid4().hex[:12].encode())
     return path.read_text()
 
 
-def check_changes(config: JobConfig, output: Path) -> None:
+def check_changes(config: JobConfig, output: Place) -> None:
     """Refuses to mix two jobs in one output.
 
     The same job continues. So does one that asks for more pruners, budgets, seeds or samples, and

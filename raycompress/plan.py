@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from safetensors import SafetensorError
@@ -26,8 +27,10 @@ from raycompress.loading import build_pruner
 from raycompress.pruning.pruner import Problem, Pruner
 from raycompress.quantize_plan import QuantizePlan, check_found_bits, plan_quantize
 from raycompress.search import Ranking, Trial
+from raycompress.storage import ObjectPath, Place, place_of
 from raycompress.structure import Structure, analyze
 from raycompress.task import Split, Task, check_task
+from raycompress.tracking.address import masked_uri
 from raycompress.tuning import OBJECTIVES, TPE, Grid, Random, Searcher, SearchSpace
 from raycompress.tuning.entries import Point, corners, find_spaces, has_spaces, spread
 from raycompress.weights import WeightStore
@@ -123,7 +126,7 @@ class Plan:
         trials: In the order of the job.
         studies: In the order of the job; where there are any, their samples are the trials.
         checked: Trials that were tried before anything started: all, and the corners of spaces.
-        output: Absolute folder of everything that the job writes.
+        output: Of everything that the job writes: an absolute folder, or one in an object store.
         quantize: How final models are quantized, if they are.
     """
 
@@ -135,7 +138,7 @@ class Plan:
     trials: tuple[TrialPlan, ...]
     studies: tuple[StudyPlan, ...]
     checked: tuple[TrialPlan, ...]
-    output: Path
+    output: Place
     quantize: QuantizePlan | None = None
 
 
@@ -275,22 +278,45 @@ def build_task(config: JobConfig) -> Task:
     return task
 
 
-def check_output(config: JobConfig) -> Path:
+def check_output(config: JobConfig) -> Place:
     """The job's output folder, absolute; checked, not made.
 
     Raises:
         ConfigError: It can't be a folder that this process writes to.
     """
     asked = config.output if config.output is not None else f"~/.raycompress/{config.name}"
-    if "://" in asked:
-        raise ConfigError(f"output must be a folder, got the URI {asked}")
-    output = Path(asked).expanduser().absolute()
+    try:
+        place = place_of(asked)
+    except ConfigError as error:
+        raise ConfigError(f"output: {error}") from None
+    if isinstance(place, ObjectPath):
+        _check_store(config, place)
+        return place
+    output = place.expanduser().absolute()
     there = next(path for path in (output, *output.parents) if path.exists())
     if not there.is_dir():
         raise ConfigError(f"output {output} can't be made: {there} is a file")
     if not os.access(there, os.W_OK | os.X_OK) or _read_only(there):
         raise ConfigError(f"output {output} can't be written: no permission in {there}")
     return output
+
+
+def _check_store(config: JobConfig, output: ObjectPath) -> None:
+    """Raises a ConfigError if an object store doesn't answer, or a job needs a folder."""
+    uri = config.tracking.uri
+    if uri is None or urlsplit(uri).scheme not in ("", "http", "https", "sqlite"):
+        given = "nothing" if uri is None else masked_uri(uri)
+        raise ConfigError(
+            "tracking.uri must be a server's address, a SQLite file on the driver's machine or "
+            f"none where output is in an object store, got {given}"
+        )
+    try:
+        bucket = ObjectPath("/".join(output.uri.split("/")[:3]), output.query)
+        there = bucket.exists(patience=0)
+    except OSError as error:
+        raise ConfigError(f"output {output} can't be reached: {error}") from error
+    if not there:
+        raise ConfigError(f"output {output} can't be made: there is no bucket {bucket.name!r}")
 
 
 def _read_only(folder: Path) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow
@@ -22,6 +21,7 @@ from raycompress.pareto import RESOURCES, Point, marked
 from raycompress.plan import Plan
 from raycompress.results import TrialResult
 from raycompress.search import Candidate, Trial, digest_of
+from raycompress.storage import ObjectPath, Place, Segments, read_all, write_whole
 
 __all__ = [
     "Pricer",
@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 
-def points_path(output: Path, trial: str) -> Path:
+def points_path(output: Place, trial: str) -> Place:
     """Where a trial writes what it evaluated."""
     return output / "trials" / trial / "points.jsonl"
 
@@ -113,9 +113,13 @@ class Recorder:
         name: Of the trial.
     """
 
-    def __init__(self, path: Path, pricer: Pricer, name: str) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("")
+    def __init__(self, path: Place, pricer: Pricer, name: str) -> None:
+        if isinstance(path, ObjectPath):
+            for segment in Segments.of(path):
+                segment.unlink(missing_ok=True)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("")
         self._path, self._pricer, self._name = path, pricer, name
         self._seen: dict[str, int] = {}
 
@@ -134,17 +138,25 @@ class Recorder:
                 continue
             self._seen[point.id] = int(point.complete)
             lines.append(json.dumps(asdict(point)) + "\n")
-        if lines:
-            with self._path.open("a") as file:
-                file.write("".join(lines))
+        if not lines:
+            return
+        if isinstance(self._path, ObjectPath):
+            segment = Segments(self._path)
+            segment.write("".join(lines).encode())
+            segment.commit()
+            return
+        with self._path.open("a") as file:
+            file.write("".join(lines))
 
 
-def read_points(path: Path) -> list[Point]:
+def read_points(path: Place) -> list[Point]:
     """What a `Recorder` wrote; nothing if there is no file."""
-    if not path.exists():
-        return []
+    if isinstance(path, ObjectPath):
+        text = b"".join(read_all(Segments.of(path))).decode()
+    else:
+        text = path.read_text() if path.exists() else ""
     found: dict[str, Point] = {}
-    for line in path.read_text().splitlines(keepends=True):
+    for line in text.splitlines(keepends=True):
         if line.endswith("\n"):  # else a process was killed as it wrote
             point = _point(json.loads(line))
             found[point.id] = point
@@ -208,7 +220,7 @@ def origin_of(executor: LedgerExecutor, dense: str) -> dict[str, str]:
 FLAGS = {"fronts": "on_front", "search_fronts": "on_search_front"}
 
 
-def write_table(points: Sequence[Point], path: Path, origin: Mapping[str, str]) -> None:
+def write_table(points: Sequence[Point], path: Place, origin: Mapping[str, str]) -> None:
     """Writes points as Parquet.
 
     Args:
@@ -236,13 +248,14 @@ def write_table(points: Sequence[Point], path: Path, origin: Mapping[str, str]) 
         [(n, types[columns[n]] if n in columns else pyarrow.string()) for n in names],
         metadata={"raycompress": json.dumps(dict(origin))},
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), path)
+    buffer = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), buffer)
+    write_whole(path, buffer.getvalue().to_pybytes())
 
 
-def read_table(path: Path) -> tuple[list[Point], dict[str, str]]:
+def read_table(path: Place) -> tuple[list[Point], dict[str, str]]:
     """The points and the origin that `write_table` was given."""
-    table = pyarrow.parquet.read_table(path)
+    table = pyarrow.parquet.read_table(pyarrow.BufferReader(path.read_bytes()))
     origin: dict[str, str] = json.loads(table.schema.metadata[b"raycompress"])
     points = []
     for row in table.to_pylist():

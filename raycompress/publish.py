@@ -29,6 +29,7 @@ from raycompress.plan import Plan
 from raycompress.points import read_table
 from raycompress.quantized_files import read_layer_errors
 from raycompress.results import JobResult, TrialResult
+from raycompress.storage import local_copy, staged
 from raycompress.tracking.address import check, masked_uri
 from raycompress.tracking.base import NoTracker, Tracker
 from raycompress.tracking.figures import (
@@ -94,8 +95,11 @@ def publish(plan: Plan, result: JobResult, tracker: Tracker) -> JobResult:
     Raises:
         UnpublishedJob: The store refuses something, or stays away.
     """
-    folder = plan.output / "results"
-    folder.mkdir(parents=True, exist_ok=True)
+    with staged(plan.output / "results") as folder:
+        return _publish(plan, result, tracker, folder)
+
+
+def _publish(plan: Plan, result: JobResult, tracker: Tracker, folder: Path) -> JobResult:
     store = WeightStore(plan.output / "weights")
     notes = list(result.notes)
     for trial in result.trials:
@@ -108,7 +112,7 @@ def publish(plan: Plan, result: JobResult, tracker: Tracker) -> JobResult:
         except ArtifactError as error:
             notes.append(f"{trial.name}: no model.safetensors: {error}")
         if trial.quantized is not None:
-            own = Path(trial.quantized.folder)
+            own = folder / trial.name / "quantized"
             quantization_figure(read_layer_errors(own)).savefig(own / "layers.png", dpi=150)
     result = replace(result, notes=tuple(notes))
     write_candidates(plan, folder / "candidates.parquet")
@@ -119,9 +123,9 @@ def publish(plan: Plan, result: JobResult, tracker: Tracker) -> JobResult:
     figures = _write_figures(result, points, folder / "figures")
     _write_texts(result, folder)
     try:
-        result = _log_models(plan, result, tracker, store)
+        result = _log_models(plan, result, tracker, store, folder)
         _write_texts(result, folder)
-        _log(plan, result, tracker, figures)
+        _log(plan, result, tracker, figures, folder)
     except TrackingError as error:
         raise unpublished(plan, error) from error
     return result
@@ -140,7 +144,9 @@ def _write_texts(result: JobResult, folder: Path) -> None:
     (folder / "report.md").write_text(report_markdown(result))
 
 
-def _log_models(plan: Plan, result: JobResult, tracker: Tracker, store: WeightStore) -> JobResult:
+def _log_models(
+    plan: Plan, result: JobResult, tracker: Tracker, store: WeightStore, folder: Path
+) -> JobResult:
     """Logs all of the trials; the result with their addresses."""
     tracking = plan.config.tracking
     uri = "" if tracking.uri == "none" else (tracking.uri or f"sqlite:///{plan.output}/mlflow.db")
@@ -164,8 +170,8 @@ def _log_models(plan: Plan, result: JobResult, tracker: Tracker, store: WeightSt
                 # All else of the trial is sound: the weights are in the store.
                 notes.append(f"{trial.name}: no exported model: {error}")
             if lowered:
-                trial = _log_lowered(plan, trial, child, registered)
-            child.log_artifact(plan.output / "results" / trial.name)
+                trial = _log_lowered(plan, trial, child, registered, folder)
+            child.log_artifact(folder / trial.name)
             child.log_metrics(_metrics(trial))
             child.finish("FINISHED")
         else:
@@ -183,9 +189,10 @@ def _log_models(plan: Plan, result: JobResult, tracker: Tracker, store: WeightSt
     )
 
 
-def _log(plan: Plan, result: JobResult, tracker: Tracker, figures: Sequence[Path]) -> None:
+def _log(
+    plan: Plan, result: JobResult, tracker: Tracker, figures: Sequence[Path], folder: Path
+) -> None:
     """Logs all of the job's own run."""
-    folder = plan.output / "results"
     for row in result.samples:
         if row.state == "failed":  # also those that were lost
             tracker.child(row.name).finish("FAILED")
@@ -197,8 +204,9 @@ def _log(plan: Plan, result: JobResult, tracker: Tracker, figures: Sequence[Path
     tracker.log_metrics(
         {"job/dfe": result.dfe, "job/run_dfe": result.run_dfe, "job/seconds": result.seconds}
     )
-    for path in (folder / "summary.json", folder / "report.md", plan.output / "job.yaml"):
-        tracker.log_artifact(path)
+    with local_copy(plan.output / "job.yaml") as job:
+        for path in (folder / "summary.json", folder / "report.md", job):
+            tracker.log_artifact(path)
     for path in (*sorted(folder.glob("*.parquet")), *sorted(folder.glob("s*.csv"))):
         tracker.log_artifact(path)
     for path in figures:
@@ -206,13 +214,14 @@ def _log(plan: Plan, result: JobResult, tracker: Tracker, figures: Sequence[Path
 
 
 def _log_lowered(
-    plan: Plan, trial: TrialResult, child: Tracker, registered: str | None
+    plan: Plan, trial: TrialResult, child: Tracker, registered: str | None, folder: Path
 ) -> TrialResult:
     """Keeps a lowered ONNX model, and registers it if asked to."""
     quantized = trial.quantized
     assert quantized is not None
     inputs = plan.task.example_inputs()
-    address = child.log_onnx(Path(quantized.file), inputs, quantized.weights, registered)
+    path = folder / trial.name / "quantized" / quantized.file.rpartition("/")[2]
+    address = child.log_onnx(path, inputs, quantized.weights, registered)
     return replace(trial, quantized=replace(quantized, model=address))
 
 

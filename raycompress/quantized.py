@@ -22,6 +22,7 @@ from raycompress.quantization.lowering import Lowered
 from raycompress.quantized_files import write_quantized_files
 from raycompress.results import QuantizedResult, TrialResult
 from raycompress.search import Candidate
+from raycompress.storage import staged
 from raycompress.structure import file_size
 from raycompress.weights import WeightStore
 
@@ -146,20 +147,23 @@ def _quantize(
         file_bytes=file_size(model),
         latency=(),
     )
-    folder = plan.output / "results" / trial.name / "quantized"
-    missing = write_quantized_files(plan, model, folder)
+    place = plan.output / "results" / trial.name / "quantized"
+    with staged(place) as folder:
+        missing = write_quantized_files(plan, model, folder)
+        lowered = None
+        if section.lower != "none":
+            lowered = lower_model(plan, model, float_model, folder)
     found = QuantizedResult(
         quantizer=plan.quantize.name,
         bits=_bits(how),
         weights=judged.weights,
         num_layers=len(how.choices),
         in_float=plan.quantize.floats,
-        folder=str(folder),
+        folder=str(place),
         no_calibration=missing,
     )
-    if section.lower == "none":
+    if lowered is None:
         return replace(trial, rows=(*trial.rows, row), quantized=found), None
-    lowered = lower_model(plan, model, float_model, folder)
     seen = look(plan, model, lowered, trial.name)
     found = replace(
         found,
@@ -169,7 +173,7 @@ def _quantize(
         layers_integer=len(lowered.layers_integer),
         agreement=seen.agreement,
         difference=seen.difference,
-        file=str(lowered.path),
+        file=str(place / lowered.path.name),
         file_bytes=lowered.file_bytes,
         float_bytes=lowered.reference_bytes,
     )

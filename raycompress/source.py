@@ -16,6 +16,7 @@ from typing import Any
 import yaml  # noqa: TID251 - the YAML edge
 
 from raycompress.errors import ConfigError
+from raycompress.storage import ObjectPath, place_of
 from raycompress.wording import KeyPath, dotted, shown
 
 __all__ = ["Source", "plain", "to_yaml"]
@@ -64,23 +65,25 @@ class Source:
         self._overrides: dict[KeyPath, str] = {}
 
     @staticmethod
-    def read(path: str | os.PathLike[str]) -> Source:
-        """Reads a YAML file.
+    def read(path: str | os.PathLike[str] | ObjectPath) -> Source:
+        """Reads a YAML file, also from an object store.
 
         Raises:
             ConfigError: It isn't there, isn't YAML, or isn't a mapping.
         """
-        name = os.fspath(path)
+        place = place_of(path)
+        name = str(place)
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = place.read_text(encoding="utf-8")
         except FileNotFoundError:
-            raise ConfigError(f"{name}: no such file{_near_file(Path(path))}") from None
+            hint = _near_file(place) if isinstance(place, Path) else ""
+            raise ConfigError(f"{name}: no such file{hint}") from None
         except IsADirectoryError:
             raise ConfigError(f"{name} is a folder, not a job file") from None
         except UnicodeDecodeError:
             raise ConfigError(f"{name} isn't a text file in UTF-8") from None
         except OSError as error:
-            raise ConfigError(f"{name} can't be read: {error.strerror}") from None
+            raise ConfigError(f"{name} can't be read: {error.strerror or error}") from None
         return Source.parse(text, name)
 
     @staticmethod

@@ -29,6 +29,7 @@ __all__ = [
     "ObjectPath",
     "Place",
     "Segments",
+    "local_copy",
     "place_of",
     "read_all",
     "staged",
@@ -88,11 +89,11 @@ class ObjectPath:
         scheme, _, key = self.uri.partition("://")
         return _system(f"{scheme}://{key.partition('/')[0]}", self.query)
 
-    def exists(self) -> bool:
+    def exists(self, patience: float = PATIENCE) -> bool:
         """There is an object, or anything below it."""
         from pyarrow.fs import FileType
 
-        info = _patiently(lambda: self._system.get_file_info(self._key))
+        info = _patiently(lambda: self._system.get_file_info(self._key), patience)
         return bool(info.type != FileType.NotFound)
 
     def read_bytes(self) -> bytes:
@@ -251,6 +252,22 @@ def read_all(places: Sequence[ObjectPath]) -> list[bytes]:
 
 
 @contextmanager
+def local_copy(place: Place) -> Iterator[Path]:
+    """A file for who reads from the local disk alone.
+
+    Raises:
+        FileNotFoundError: There is none in the store.
+    """
+    if not isinstance(place, ObjectPath):
+        yield place
+        return
+    with tempfile.TemporaryDirectory(prefix="raycompress-") as folder:
+        path = Path(folder) / place.name
+        path.write_bytes(place.read_bytes())
+        yield path
+
+
+@contextmanager
 def staged(folder: Place) -> Iterator[Path]:
     """A folder as one of the local disk, made if it isn't there.
 
@@ -326,9 +343,9 @@ def _system(bucket: str, query: str) -> Any:
     return FileSystem.from_uri(f"{bucket}/?{query}" if query else bucket)[0]
 
 
-def _patiently(ask: Callable[[], T]) -> T:
+def _patiently(ask: Callable[[], T], patience: float = PATIENCE) -> T:
     """Asks a store again until it answers."""
-    deadline, pause = time.monotonic() + PATIENCE, 0.2
+    deadline, pause = time.monotonic() + patience, 0.2
     while True:
         try:
             return ask()

@@ -140,10 +140,10 @@ def prepare_submission(
 def _check_reach(config: JobConfig, overrides: Sequence[str], output: str | None) -> None:
     """What would not be the same on the cluster."""
     place = output if output is not None else config.output
-    if place is not None and not place.startswith(("/", "~")):
+    if place is not None and "://" not in place and not place.startswith(("/", "~")):
         raise ConfigError(
-            f"output must be an absolute path, got {place!r}: a submitted job's working directory "
-            "is thrown away"
+            f"output must be an absolute path or a URI, got {place!r}: a submitted job's working "
+            "directory is thrown away"
         )
     if config.cluster.address is not None:
         raise ConfigError(

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from raycompress.budget import Budget
 from raycompress.config import JobConfig
@@ -31,7 +29,7 @@ from raycompress.plan import TrialPlan
 from raycompress.points import Pricer, Recorder, points_path
 from raycompress.pruning.pruner import Problem
 from raycompress.search import Candidate, Ranking, Training, Trial, digest_of, run_search
-from raycompress.storage import write_whole, writing
+from raycompress.storage import Place, local_copy, write_whole
 from raycompress.structure import Cost, Structure
 from raycompress.structure.latency.table import LatencyTable
 from raycompress.task import Task
@@ -68,7 +66,7 @@ class Shared:
         structure: Analysis of its model.
         digest: Of the dense weights.
         weights: The dense weights.
-        output: The job's output folder.
+        output: Of the job.
         latency: Prices latency budgets; None: no budget asks for it.
         facts: What else results depend on, as the hosts know it: digests of the task and of its
             data, and the numeric class.
@@ -78,7 +76,7 @@ class Shared:
     structure: Structure
     digest: str
     weights: Weights
-    output: Path
+    output: Place
     latency: LatencyTable | None = None
     facts: tuple[str, ...] = ()
 
@@ -152,6 +150,7 @@ def run_trial(
     replayed, spent = 0, 0.0
     charged: dict[Candidate, float] = {}
     figures: dict[str, float] = {}
+    saved: set[str] = set()
     with Ledger(shared.output / "ledger", name) as ledger, make_pool(ledger) as pool:
         problem = Problem(
             model=model,
@@ -171,8 +170,10 @@ def run_trial(
 
         def on_step(_: int, trials: Sequence[Trial]) -> None:
             nonlocal replayed, spent
-            for ranking in pool.rankings.values():
-                save_ranking(ranking, shared.output / "rankings")
+            for digest, ranking in pool.rankings.items():
+                if digest not in saved:
+                    save_ranking(ranking, shared.output / "rankings")
+                    saved.add(digest)
             points.add(len(curve), trials)
             for trial in trials:  # what is asked for again was paid for before
                 replayed += trial.replayed and trial.candidate not in charged
@@ -319,30 +320,26 @@ def metrics_of(point: Mapping[str, Any]) -> dict[str, float]:
     return {**plain, **point["figures"]}
 
 
-def write_json(path: Path, value: object) -> None:
+def write_json(path: Place, value: object) -> None:
     """Writes JSON so that the file appears whole or not at all."""
     write_whole(path, json.dumps(value, indent=1).encode())
 
 
-def save_ranking(ranking: Ranking, folder: Path) -> None:
+def save_ranking(ranking: Ranking, folder: Place) -> None:
     """Writes a ranking as `<digest>.safetensors`."""
     path = folder / f"{ranking.digest}.safetensors"
     if not path.exists():
-        temporary = folder / f".{ranking.digest}.{os.getpid()}.partial"
-        with writing(path):
-            folder.mkdir(parents=True, exist_ok=True)
-            save_file(dict(ranking.orders), temporary, metadata={"kind": ranking.kind})
-            os.replace(temporary, path)
+        write_whole(path, save(dict(ranking.orders), {"kind": ranking.kind}))
 
 
-def load_ranking(digest: str, folder: Path) -> Ranking:
+def load_ranking(digest: str, folder: Place) -> Ranking:
     """Reads what `save_ranking` wrote."""
-    with safe_open(folder / f"{digest}.safetensors", framework="pt") as file:
+    with local_copy(folder / f"{digest}.safetensors") as path, safe_open(path, "pt") as file:
         orders = {name: file.get_tensor(name) for name in file.keys()}
         kind = (file.metadata() or {})["kind"]
     assert kind in ("channels", "weights")
     return Ranking(kind, orders)
 
 
-def _folder(shared: Shared, payload: Mapping[str, Any]) -> Path:
+def _folder(shared: Shared, payload: Mapping[str, Any]) -> Place:
     return shared.output / "trials" / str(payload["name"])

@@ -115,11 +115,19 @@ CASES = {
         [],
         "FILE, line 9: output CWD/bad_tasks.py can't be made: CWD/bad_tasks.py is a file",
     ),
-    "output is a URI": (
+    "output is a URI of another kind": (
         [],
-        "output: s3://bucket/x\n",
+        "output: ftp://host/x\n",
         [],
-        "FILE, line 9: output must be a folder, got the URI s3://bucket/x",
+        "FILE, line 9: output: ftp://host/x must be a path, file:///folder, s3://bucket/folder or "
+        "gs://bucket/folder",
+    ),
+    "output is an object store, where no database can be": (
+        [("tracking: {uri: none}\n", "")],
+        "output: s3://bucket/x?endpoint_override=127.0.0.1:1\n",
+        [],
+        "FILE: tracking.uri must be a server's address, a SQLite file on the driver's machine or "
+        "none where output is in an object store, got nothing",
     ),
     "output can't be written": (
         [],

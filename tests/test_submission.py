@@ -113,10 +113,10 @@ def test_arguments_are_quoted_for_the_shell(tmp_path):
 @pytest.mark.parametrize(
     ("end", "arguments", "message"),
     [
-        ("output: here\n", [], "output must be an absolute path, got 'here': a submitted job's "
-         "working directory is thrown away"),
-        ("", ["--output", "here"], "output must be an absolute path, got 'here': a submitted "
+        ("output: here\n", [], "output must be an absolute path or a URI, got 'here': a submitted "
          "job's working directory is thrown away"),
+        ("", ["--output", "here"], "output must be an absolute path or a URI, got 'here': a "
+         "submitted job's working directory is thrown away"),
         ("cluster: {address: 'h:6379'}\n", [], "cluster.address must be empty in a submitted job, "
          "which uses the cluster that it runs on, got 'h:6379'"),
         ("", ["--set", "tracking.uri='postgresql://me:secret@h/db'"],

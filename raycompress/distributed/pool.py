@@ -10,7 +10,6 @@ import logging
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -30,6 +29,7 @@ from raycompress.errors import EvaluationError, StorageError
 from raycompress.executor import LedgerExecutor
 from raycompress.ledger import Ledger
 from raycompress.search import Candidate, Ranking
+from raycompress.storage import Place
 from raycompress.structure.latency.measure import LatencyRow
 from raycompress.structure.latency.table import LatencyTable
 from raycompress.task import Progress
@@ -153,7 +153,7 @@ class ReplicaPool(LedgerExecutor):
         return rows
 
     def latency_table(
-        self, batch_size: int = 1, folder: str | Path | None = None, max_seconds: float = 300.0
+        self, batch_size: int = 1, folder: str | Place | None = None, max_seconds: float = 300.0
     ) -> LatencyTable:
         """The model's latency table, measured on one replica; the others stand idle.
 

@@ -9,7 +9,6 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +16,7 @@ import torch
 from raycompress.errors import ClusterError, TaskError
 from raycompress.host import ModelHost
 from raycompress.search import Candidate, Ranking
+from raycompress.storage import Place
 from raycompress.structure.latency.measure import LatencyRow
 from raycompress.structure.latency.table import LatencyTable
 from raycompress.units import HostInfo, Unit, UnitResult
@@ -118,7 +118,7 @@ class Replica:
         return self._hosted().latency(candidates, batch_sizes, repeats, max_seconds)
 
     def latency_table(
-        self, batch_size: int, folder: str | Path | None, max_seconds: float
+        self, batch_size: int, folder: str | Place | None, max_seconds: float
     ) -> LatencyTable:
         """Measures the model's latency table on this replica's device."""
         return self._hosted().latency_table(batch_size, folder, max_seconds)

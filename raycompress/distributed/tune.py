@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ from raycompress.distributed.cluster import bundle, check_feasible
 from raycompress.distributed.pool import ReplicaPool
 from raycompress.distributed.spec import PoolSpec, SharedSpec, TrialSpec, import_object
 from raycompress.errors import ClusterError, EvaluationError, InputError, StorageError
+from raycompress.storage import Place, place_of, write_whole
 
 __all__ = ["TrialSpec", "run_samples", "run_trials"]
 
@@ -62,7 +64,7 @@ def run_trials(
     run: str,
     pool: PoolSpec,
     cluster: ClusterConfig,
-    output: str | Path,
+    output: Place,
     finished: Finished,
     *,
     on_report: OnReport | None = None,
@@ -93,7 +95,7 @@ def run_trials(
         ClusterError: A trial can never fit the cluster, or not any more.
         KeyboardInterrupt: SIGINT or SIGTERM; the trials have been stopped.
     """
-    folder = Path(output).absolute() / "tune"
+    folder = _absolute(output) / "tune"
     by_name = {spec.name: spec for spec in specs}
     if len(by_name) != len(specs):
         raise ValueError("names of trials must differ")
@@ -130,7 +132,7 @@ def run_samples(
     run: str,
     pool: PoolSpec,
     cluster: ClusterConfig,
-    output: str | Path,
+    output: Place,
     finished: Finished,
     *,
     on_report: OnReport | None = None,
@@ -155,7 +157,7 @@ def run_samples(
         ClusterError: A trial can never fit the cluster, or not any more.
         KeyboardInterrupt: SIGINT or SIGTERM; the trials have been stopped.
     """
-    folder = Path(output).absolute() / "tune"
+    folder = _absolute(output) / "tune"
     if num_samples == 0:
         return
     _check_room(cluster, cluster.start_timeout)
@@ -196,7 +198,7 @@ def _fit(
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the new one prints even at verbose 0
     from ray import tune
 
-    folder, names = Path(common.output), list(common.specs)
+    folder, names = place_of(common.output), list(common.specs)
     for name in names:
         _error(folder, name).unlink(missing_ok=True)
     # The head bundle is empty: the trial's process only proposes and records. A CPU for it would
@@ -206,7 +208,7 @@ def _fit(
         tune.with_parameters(_trial, common=common), tune.PlacementGroupFactory(bundles, "PACK")
     )
     watch = _watch(on_report)
-    with _quiet(), _stopping() as stopped:
+    with _quiet(), _stopping() as stopped, _own_files(folder) as storage:
         tuner = tune.Tuner(
             trainable,
             param_space={"name": tune.grid_search(names)} if names else {},
@@ -220,7 +222,7 @@ def _fit(
             ),
             run_config=tune.RunConfig(
                 name="trials",
-                storage_path=common.output,
+                storage_path=str(storage),
                 verbose=0,
                 failure_config=tune.FailureConfig(max_failures=MAX_RETRIES),
                 callbacks=[_callback(stopped, common.cluster)],
@@ -251,7 +253,7 @@ def _trial(config: Mapping[str, Any], common: _Common) -> None:
 
     name = config["name"]
     spec = common.specs.get(name) or TrialSpec(name, json.loads(config["payload"]))
-    folder = Path(common.output)
+    folder = place_of(common.output)
     for path in reversed(common.spec.import_paths):
         if path not in sys.path:
             sys.path.insert(0, path)
@@ -274,7 +276,21 @@ def _trial(config: Mapping[str, Any], common: _Common) -> None:
         raise
 
 
-def _error(folder: Path, name: str) -> Path:
+def _absolute(output: Place) -> Place:
+    return output.absolute() if isinstance(output, Path) else output
+
+
+@contextmanager
+def _own_files(folder: Place) -> Iterator[Path]:
+    """Where Tune keeps what only it reads, in this run; it would be slow in an object store."""
+    if isinstance(folder, Path):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="raycompress-tune-") as name:
+        yield Path(name)
+
+
+def _error(folder: Place, name: str) -> Place:
     return folder / f"{name}.error.json"
 
 
@@ -285,15 +301,9 @@ def _check_room(cluster: ClusterConfig, timeout: float) -> None:
     check_feasible(replicas, what, timeout)
 
 
-def _write(path: Path, content: Mapping[str, Any]) -> None:
+def _write(path: Place, content: Mapping[str, Any]) -> None:
     """Writes JSON; the file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.partial")
-    with temporary.open("w") as file:
-        json.dump(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(content).encode())
 
 
 def _name(trial: Any) -> str:

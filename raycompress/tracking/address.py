@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import SplitResult, urlsplit
 
 from raycompress.errors import TrackingError
+from raycompress.storage import Place
 
 __all__ = ["artifact_place", "check", "masked", "masked_uri"]
 
@@ -37,7 +38,7 @@ def masked(text: str, uri: str) -> str:
     return masked_uri(text.splitlines()[0].strip())
 
 
-def artifact_place(uri: str, output: Path) -> str | None:
+def artifact_place(uri: str, output: Place) -> str | None:
     """Where a new experiment keeps its files; None: the server decides.
 
     MLflow's own choice for a database is a folder below the current one, which in a submitted job
@@ -46,7 +47,7 @@ def artifact_place(uri: str, output: Path) -> str | None:
     scheme = _scheme(uri)
     if scheme not in DATABASES:
         return None
-    folder = Path(urlsplit(uri).path[1:]).parent if scheme == "sqlite" else output
+    folder = Path(urlsplit(uri).path[1:]).parent if scheme == "sqlite" else Path(str(output))
     return (folder / "artifacts").absolute().as_uri()
 
 

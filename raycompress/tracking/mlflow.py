@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from raycompress.artifacts.export import Inputs, compare, first_line, portable
 from raycompress.errors import RaycompressError, TrackingError, VerificationError
+from raycompress.storage import Place
 from raycompress.tracking.address import artifact_place, check, masked, masked_uri
 from raycompress.tracking.base import Point, Refused, Status
 from raycompress.weights import Weights, digest_of_state
@@ -88,14 +89,14 @@ class MlflowTracker:
 
     @staticmethod
     def start(
-        *, uri: str | None, experiment: str | None, output: Path, job_name: str, job_key: str
+        *, uri: str | None, experiment: str | None, output: Place, job_name: str, job_key: str
     ) -> MlflowTracker:
         """Starts the job's run, or continues the one that has its key.
 
         Raises:
             TrackingError: The store can't be used.
         """
-        address = uri if uri is not None else f"sqlite:///{output.absolute()}/mlflow.db"
+        address = uri if uri is not None else f"sqlite:///{output}/mlflow.db"
         name = experiment if experiment is not None else job_name
         check(address)
         with _guard(address), _impatient({"MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}):
@@ -114,7 +115,7 @@ class MlflowTracker:
                 place = artifact_place(address, output)
                 experiment_id = client.create_experiment(name, artifact_location=place)
             if uri is None:
-                with closing(sqlite3.connect(output / "mlflow.db")) as database:
+                with closing(sqlite3.connect(f"{output}/mlflow.db")) as database:
                     database.execute("PRAGMA journal_mode=WAL")
             tags = {"raycompress.job": job_key}
             run_id, old = _find_or_make(client, experiment_id, job_name, tags, "raycompress.trial")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 
 from rich.table import Table
@@ -13,6 +14,10 @@ __all__ = ["cost_table", "front_table", "models_table", "report_markdown", "repo
 
 FRONT_ROWS = 12
 """Points of a front that are shown; they are spread evenly over it."""
+
+
+def _materialize(result: JobResult) -> str:
+    return f"raycompress materialize {shlex.quote(result.output)} --point ID"
 
 
 def _number(value: float) -> str:
@@ -157,7 +162,7 @@ def front_table(result: JobResult) -> Table:
         title_justify="left",
         title_style="bold",
         caption=(f"{more} more, and everything else, in " if more else "everything is in ")
-        + f"results/pareto.parquet; raycompress materialize {result.output} --point ID",
+        + f"results/pareto.parquet; {_materialize(result)}",
         caption_justify="left",
     )
     for index, name in enumerate(header):
@@ -213,7 +218,7 @@ def _front_section(result: JobResult) -> list[str]:
         "Any of them as a verified model, without searching again:",
         "",
         "```bash",
-        f"raycompress materialize {result.output} --point ID    # --recover: fine-tuned as well",
+        f"{_materialize(result)}    # --recover: fine-tuned as well",
         "```",
         "",
     ]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from raycompress.ledger import Ledger, read_ledger
+from raycompress.storage import Place
 from raycompress.tuning.searchers import OBJECTIVES, Sample, Searcher
 
 __all__ = ["Study"]
@@ -37,7 +37,7 @@ class Study:
         searcher: Searcher,
         num_samples: int | None,
         objectives: Sequence[str],
-        folder: str | Path,
+        folder: Place,
         name: str,
         key: str,
     ) -> None:
