@@ -51,11 +51,14 @@ class Seen:
     difference: float
 
 
-def lower_model(plan: Plan, model: nn.Module, float_model: nn.Module, folder: Path) -> Lowered:
+def lower_model(
+    plan: Plan, how: Quantization, model: nn.Module, float_model: nn.Module, folder: Path
+) -> Lowered:
     """Brings a quantized model to the job's backend; files go to a folder, which is made.
 
     Args:
         plan: Of a job that lowers.
+        how: The model was quantized.
         model: Prepared, calibrated, trained; in eval mode on the CPU.
         float_model: What it was made of.
         folder: Of the files.
@@ -75,7 +78,7 @@ def lower_model(plan: Plan, model: nn.Module, float_model: nn.Module, folder: Pa
 
     with _threads(plan):
         lower = lowering(section.lower, "quantize.lower")
-        lowered = lower(model, float_model, plan.task.example_inputs(), folder, feed)
+        lowered = lower(model, float_model, plan.task.example_inputs(), folder, feed, how)
     lowered.check()
     return lowered
 
@@ -105,7 +108,7 @@ def try_lowering(plan: Plan) -> None:
             model.eval()
     with tempfile.TemporaryDirectory() as folder:
         try:
-            lower_model(plan, model, plan.model, Path(folder))
+            lower_model(plan, how, model, plan.model, Path(folder))
         except RaycompressError as error:
             raise ConfigError(
                 f"quantize.lower: {plan.quantize.section.lower} can't run this model quantized: "

@@ -152,7 +152,7 @@ def _quantize(
         missing = write_quantized_files(plan, model, folder)
         lowered = None
         if section.lower != "none":
-            lowered = lower_model(plan, model, float_model, folder)
+            lowered = lower_model(plan, how, model, float_model, folder)
     found = QuantizedResult(
         quantizer=plan.quantize.name,
         bits=_bits(how),

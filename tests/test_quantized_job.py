@@ -5,6 +5,7 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -56,7 +57,7 @@ class Backend(types.ModuleType):
     def check(self):
         pass
 
-    def lower(self, model, float_model, example_inputs, folder, feed):
+    def lower(self, model, float_model, example_inputs, folder, feed, how):
         self.calls += 1
         counted = []
         handle = model.register_forward_hook(lambda *_: counted.append(1))
@@ -101,6 +102,26 @@ def whole(tmp_path_factory):
 
 def changed(output, **section):
     return {**JOB, "output": str(output), "quantize": {**JOB["quantize"], **section}}
+
+
+@pytest.mark.parametrize("bits", [8, 3])
+def test_packed_models_are_small_and_say_that_they_run_in_simulation(tmp_path, bits):
+    entries = [{"op_types": ["Conv2d", "Linear"], "quant_types": ["weight"], "quant_bits": bits}]
+    result = run(changed(tmp_path, lower="packed", config_list=entries))
+    for trial in result.trials:
+        found, lowered = trial.quantized, trial.row("lowered")
+        assert (found.backend, found.runs, found.layers_integer) == ("packed", "simulation", 0)
+        assert found.agreement == 1.0 and found.difference == 0.0
+        assert lowered.score_test == trial.row("quantized").score_test
+        assert found.file_bytes == Path(found.file).stat().st_size
+        assert lowered.latency == ()  # nothing of its own to be timed
+        codes = load_file(found.file)
+        weights = {k: v for k, v in codes.items() if k.endswith(".weight.codes")}
+        assert len(weights) == found.num_layers and {v.dtype for v in weights.values()} == {
+            torch.uint8
+        }
+    report = report_markdown(result)
+    assert "simulation" in report
 
 
 def trainings(output):

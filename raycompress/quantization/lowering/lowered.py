@@ -10,6 +10,7 @@ from typing import Literal
 from torch import nn
 
 from raycompress.errors import VerificationError
+from raycompress.quantization.quantizer import Quantization
 
 __all__ = ["Lower", "Lowered"]
 
@@ -53,12 +54,20 @@ class Lowered:
 
 
 Lower = Callable[
-    [nn.Module, nn.Module, tuple[object, ...], Path, Callable[[nn.Module], object]], Lowered
+    [
+        nn.Module,
+        nn.Module,
+        tuple[object, ...],
+        Path,
+        Callable[[nn.Module], object],
+        Quantization,
+    ],
+    Lowered,
 ]
-"""`lower(model, float_model, example_inputs, folder, feed)`.
+"""`lower(model, float_model, example_inputs, folder, feed, how)`.
 
 `model` is prepared, has its ranges, and is in eval mode on the CPU; `float_model` is what it was
 made of. Neither is changed. Files go to `folder`, which is there. `feed(model)` runs a model on
 calibration data, as `for batch in batches: task.forward(model, batch)`: outputs that are rounded
-only once they are lowered take their ranges from it.
+only once they are lowered take their ranges from it. `how` is what it was prepared with.
 """

@@ -21,6 +21,7 @@ from raycompress.artifacts.onnx import OnnxModel, check_onnx, save_onnx, write_o
 from raycompress.errors import ArtifactError, ConfigError
 from raycompress.quantization.lowering.graph import IntegerProgram, integer_program
 from raycompress.quantization.lowering.lowered import Lowered
+from raycompress.quantization.quantizer import Quantization
 
 __all__ = ["check", "lower"]
 
@@ -44,6 +45,7 @@ def lower(
     example_inputs: tuple[Any, ...],
     folder: Path,
     feed: Callable[[nn.Module], object],
+    how: Quantization | None = None,
 ) -> Lowered:
     """Writes `quantized.onnx` and `float.onnx`, and runs both on onnxruntime.
 
