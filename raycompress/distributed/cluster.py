@@ -170,6 +170,8 @@ def check_reach(output: Place) -> None:
         for ref in done:
             try:
                 reason = ray.get(ref)
+            except ray.exceptions.TaskUnschedulableError:
+                continue  # the node has gone since
             except ray.exceptions.RayError as error:
                 reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
             if reason is not None:
