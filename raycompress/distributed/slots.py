@@ -29,7 +29,7 @@ NODE_SECONDS = 60.0
 """Within which Ray notices that a node is gone; its replicas can't be reached long before."""
 
 
-class _OnNode(Replica):
+class OnNode(Replica):
     """A replica that knows where it is."""
 
     def arrive(self, *arguments: Any) -> tuple[HostInfo, str]:
@@ -85,7 +85,7 @@ class Slot:
             concurrency_groups={"control": 1},  # answers while a unit runs
             scheduling_strategy="SPREAD" if outside else None,  # None: where this process is
         )
-        actor_class = wrap(_OnNode)
+        actor_class = wrap(OnNode)
         actor = actor_class.remote(name, cluster.gpus > 0)
         # References given as arguments arrive as values; nested in the spec they'd stay references.
         small = SharedSpec(**{**vars(shared), "structure": None, "weights": ()})

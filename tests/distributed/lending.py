@@ -7,10 +7,10 @@ from typing import Any
 
 import ray
 
-from raycompress.distributed.replica import Replica
+from raycompress.distributed.slots import OnNode
 
 
-class LentReplica(Replica):
+class LentReplica(OnNode):
     """Thinks that it has no GPU."""
 
     def __init__(self, name: str, gpu: bool) -> None:

@@ -35,7 +35,7 @@ def with_gpus() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slots, "Replica", LentReplica)
+    monkeypatch.setattr(slots, "OnNode", LentReplica)
 
 
 def test_four_replicas_share_two_gpus_and_one_copy_of_the_weights(
