@@ -18,7 +18,7 @@ import pydantic
 
 from raycompress.budget import Budget
 from raycompress.errors import ConfigError, InputError
-from raycompress.importing import resolve
+from raycompress.importing import named
 from raycompress.pruning import Pruner
 from raycompress.quantization import QUANTIZERS, Quantizer
 from raycompress.quantize_section import QuantizeSection
@@ -143,7 +143,7 @@ class Check:
         self, name: object, base: type[Any], known: Mapping[str, type[Any]], path: KeyPath
     ) -> type[Any] | None:
         """The class that `type` names, or None after a problem."""
-        key, word = dotted(path), base.__name__.lower()
+        key = dotted(path)
         if not isinstance(name, str):
             got = "" if name is None else f", got {shown(name)}"
             self.fail(
@@ -152,21 +152,15 @@ class Check:
                 f"'package.module:Class'{got}",
             )
             return None
-        if ":" in name:
-            try:
-                cls = resolve(name, base, f"{key}.type")
-            except ConfigError as error:
-                self.fail((*path, "type"), str(error))
-                return None
-            if not dataclasses.is_dataclass(cls):
-                self.fail((*path, "type"), f"{key}.type: {name!r} must be a dataclass")
-                return None
-            return cls
-        if name in known:
-            return known[name]
-        allowed = f"; there are {', '.join(known)}, and import paths 'package.module:Class'"
-        self.fail((*path, "type"), f"{key}.type: no {word} {name!r}{near(name, known, allowed)}")
-        return None
+        try:
+            cls = named(name, base, known, f"{key}.type")
+        except ConfigError as error:
+            self.fail((*path, "type"), str(error))
+            return None
+        if not dataclasses.is_dataclass(cls):
+            self.fail((*path, "type"), f"{key}.type: {name!r} must be a dataclass")
+            return None
+        return cls
 
     def pruner_or_space(self, entry: dict[str, Any], path: KeyPath) -> None:
         """Checks a pruner; of one with spaces, their corners."""

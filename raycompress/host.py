@@ -10,8 +10,8 @@ import copy
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -115,16 +115,16 @@ class ModelHost:
     def run(self, unit: Unit, progress: Progress | None = None) -> UnitResult:
         """Trains or evaluates; an exception in it is the candidate's failure, and an answer."""
         start = time.perf_counter()
-        before = torch.get_num_threads()
-        torch.set_num_threads(self.evaluation.threads)
         try:
-            if unit.candidate.collect is not None:
-                result = UnitResult(weights=self._collect(unit.candidate, unit.candidate.collect))
-            elif unit.candidate.training is not None:
-                digest = self._train(unit.candidate, unit.candidate.training, progress)
-                result = UnitResult(weights=digest)
-            else:
-                result = UnitResult(shards=self._evaluate(unit))
+            with self.evaluation.own_threads():
+                if unit.candidate.collect is not None:
+                    digest = self._collect(unit.candidate, unit.candidate.collect)
+                    result = UnitResult(weights=digest)
+                elif unit.candidate.training is not None:
+                    digest = self._train(unit.candidate, unit.candidate.training, progress)
+                    result = UnitResult(weights=digest)
+                else:
+                    result = UnitResult(shards=self._evaluate(unit))
         except StorageError:  # no candidate's failure
             raise
         except Exception as error:
@@ -132,7 +132,6 @@ class ModelHost:
             message = str(error).strip().splitlines()
             result = UnitResult(failure=f"{type(error).__name__}: {message[0] if message else ''}")
         finally:
-            torch.set_num_threads(before)
             self.progress = None
         seconds = time.perf_counter() - start
         return UnitResult(result.shards, result.weights, result.failure, seconds, self.name)
@@ -146,7 +145,7 @@ class ModelHost:
     ) -> list[LatencyRow]:
         """Measures candidates against each other on this host's device, interleaved."""
         models = {name: self.build(each) for name, each in candidates.items()}
-        with self._threads():
+        with self.evaluation.own_threads():
             return measure(
                 models,
                 self.task.example_inputs(),
@@ -161,7 +160,7 @@ class ModelHost:
     ) -> LatencyTable:
         """The latency table of the task's model on this host's device; see `latency_table`."""
         stage = nullcontext(None) if folder is None else staged(place_of(folder))
-        with self._threads(), stage as local:
+        with self.evaluation.own_threads(), stage as local:
             return latency_table(
                 self._base,
                 self.structure,
@@ -171,15 +170,6 @@ class ModelHost:
                 folder=local,
                 max_seconds=max_seconds,
             )
-
-    @contextmanager
-    def _threads(self) -> Iterator[None]:
-        before = torch.get_num_threads()
-        torch.set_num_threads(self.evaluation.threads)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
 
     def weights(self, digest: str) -> Weights:
         """Weights by digest; the last few stay in memory."""
@@ -277,8 +267,7 @@ class ModelHost:
             if asked:
                 raise TaskError(f"weights {candidate.weights} are quantized: can't be {what} now")
         model = slim(self._base, self.structure, kept) if kept else copy.deepcopy(self._base)
-        how.prepare(model)
-        model.load_state_dict(dict(weights.state))
+        how.restore(model, weights.state)
         if candidate.kept and not kept:
             model = masked_copy(model, self.masks(candidate))
         return model.to(self.device).eval()

@@ -8,14 +8,34 @@ import os
 import pkgutil
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
 from raycompress.errors import ConfigError
 from raycompress.wording import near
 
-__all__ = ["resolve", "resolve_function"]
+__all__ = ["named", "resolve", "resolve_function"]
+
+
+def named(name: str, base: type[Any], known: Mapping[str, type[Any]], key: str) -> type[Any]:
+    """A class that has a short name here, or a user's own by its import path.
+
+    Args:
+        name: As a job gives it.
+        base: What the class must inherit from.
+        known: By short name.
+        key: Of the job, for messages.
+
+    Raises:
+        ConfigError: There is none of that name, or `resolve` refuses the path.
+    """
+    if ":" in name:
+        return resolve(name, base, key)
+    if name in known:
+        return known[name]
+    allowed = f"; there are {', '.join(known)}, and import paths 'package.module:Class'"
+    raise ConfigError(f"{key}: no {base.__name__.lower()} {name!r}{near(name, known, allowed)}")
 
 
 def resolve(path: str, base: type[Any], key: str | None = None) -> type[Any]:

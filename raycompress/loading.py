@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from raycompress.budget import Budget
 from raycompress.checking import Check
@@ -42,6 +42,8 @@ __all__ = [
     "pruner_types",
     "resolve",
 ]
+
+T = TypeVar("T")
 
 NOT_RESULTS = ("name", "output", "cluster", "tracking")
 """Keys of a job that its results don't depend on."""
@@ -89,10 +91,7 @@ def build_pruner(entry: Mapping[str, Any], key: str = "pruner") -> Pruner:
         ConfigError: Each mistake on a line of its own, with key and what is allowed.
     """
     check = Check()
-    pruner = check.pruner(plain(entry), (key,))
-    if pruner is None:
-        raise ConfigError("\n".join(message for _, message in check.problems))
-    return pruner
+    return _sound(check, check.pruner(plain(entry), (key,)))
 
 
 def build_quantizer(
@@ -104,10 +103,13 @@ def build_quantizer(
         ConfigError: Each mistake on a line of its own, with key and what is allowed.
     """
     check = Check()
-    found = check.quantizer(plain(entry), (key,))
-    if found is None:
+    return _sound(check, check.quantizer(plain(entry), (key,)))
+
+
+def _sound(check: Check, built: T | None) -> T:
+    if built is None:
         raise ConfigError("\n".join(message for _, message in check.problems))
-    return found
+    return built
 
 
 def dump_job(config: JobConfig) -> str:

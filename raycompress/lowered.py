@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from raycompress.data import Splits
 from raycompress.errors import ConfigError, RaycompressError, VerificationError
+from raycompress.measured import latency_of
 from raycompress.plan import Plan
 from raycompress.quantization.lowering import Lowered, lowering
 from raycompress.quantization.quantizer import Quantization
@@ -24,7 +24,7 @@ from raycompress.results import Latency
 from raycompress.structure.latency.measure import measure
 from raycompress.task import Split, Task
 
-__all__ = ["TOLERANCE", "Seen", "look", "lower_model", "time_lowered", "try_lowering"]
+__all__ = ["TOLERANCE", "Seen", "cpu_splits", "look", "lower_model", "time_lowered", "try_lowering"]
 
 TOLERANCE = 0.1
 """How far a lowered model may be from the fake-quantized one: the root of the mean squared
@@ -70,13 +70,13 @@ def lower_model(
     assert plan.quantize is not None
     folder.mkdir(parents=True, exist_ok=True)
     section = plan.quantize.section
-    batches = _splits(plan).calibration(section.batches)
+    batches = cpu_splits(plan).calibration(section.batches)
 
     def feed(fed: nn.Module) -> None:
         for batch in batches:
             plan.task.forward(fed, batch)
 
-    with _threads(plan):
+    with plan.config.evaluation.own_threads():
         lower = lowering(section.lower, "quantize.lower")
         lowered = lower(model, float_model, plan.task.example_inputs(), folder, feed, how)
     lowered.check()
@@ -95,8 +95,8 @@ def try_lowering(plan: Plan) -> None:
     at_once = {name: replace(bits, start_step=0) for name, bits in how.choices}
     how = Quantization.of(how.quantizer, at_once)
     model = copy.deepcopy(plan.model)
-    batches = _splits(plan).calibration(1)
-    with _threads(plan), torch.random.fork_rng(devices=[]):
+    batches = cpu_splits(plan).calibration(1)
+    with plan.config.evaluation.own_threads(), torch.random.fork_rng(devices=[]):
         how.prepare(model)
         model.eval()
         if how.quantizer.needs_data:
@@ -122,9 +122,9 @@ def look(plan: Plan, simulated: nn.Module, lowered: Lowered, name: str) -> Seen:
     Raises:
         VerificationError: It isn't the model that was quantized.
     """
-    task, splits = plan.task, _splits(plan)
+    task, splits = plan.task, cpu_splits(plan)
     noise, signal, equal, num = 0.0, 0.0, 0, 0
-    with _threads(plan), torch.no_grad():
+    with plan.config.evaluation.own_threads(), torch.no_grad():
         for batch in splits.batches("test"):
             exact, real = task.forward(simulated, batch), task.forward(lowered.model, batch)
             for one, two in zip(_floats(exact), _floats(real), strict=True):
@@ -162,7 +162,7 @@ def time_lowered(
     if not models:
         return {}, {}
     settings = plan.config.latency
-    with _threads(plan):
+    with plan.config.evaluation.own_threads():
         rows = measure(
             models,
             plan.task.example_inputs(),
@@ -173,16 +173,8 @@ def time_lowered(
         )
 
     def of(name: str) -> tuple[Latency, ...]:
-        return tuple(
-            Latency(
-                batch_size=row.batch_size,
-                median_ms=row.median_ms,
-                p10_ms=row.p10_ms,
-                p90_ms=row.p90_ms,
-            )
-            for row in rows
-            if row.name == name
-        )
+        # Memory that a runtime takes by itself isn't seen.
+        return tuple(replace(each, peak_bytes=0) for each in latency_of(rows, name))
 
     return {name: of(f"q:{name}") for name in real}, {name: of(f"f:{name}") for name in real}
 
@@ -190,7 +182,8 @@ def time_lowered(
 _JUDGED: tuple[Split, ...] = ("validation", "test")
 
 
-def _splits(plan: Plan) -> Splits:
+def cpu_splits(plan: Plan) -> Splits:
+    """The task's data for models that the driver runs itself."""
     return Splits(plan.task, plan.config.evaluation.batch_size, 1, torch.device("cpu"))
 
 
@@ -208,14 +201,3 @@ def _score(task: Task, model: nn.Module, splits: Splits, split: Split) -> float:
         total += float(scores.double().sum())
         num += len(scores)
     return total / num
-
-
-@contextmanager
-def _threads(plan: Plan) -> Iterator[None]:
-    """As many threads as hosts take."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(plan.config.evaluation.threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

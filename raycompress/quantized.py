@@ -107,8 +107,7 @@ def quantized_model(
 ) -> nn.Module:
     """A quantized model from its stored weights, on the CPU, in eval mode; the float one stays."""
     model = copy.deepcopy(float_model)
-    how.prepare(model)
-    model.load_state_dict(dict(state))
+    how.restore(model, state)
     return model.eval()
 
 

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
-import torch
 from torch import nn
 
-from raycompress.data import Splits
 from raycompress.errors import ConfigError
+from raycompress.lowered import cpu_splits
 from raycompress.plan import Plan
 from raycompress.quantization.calibration import export_calibration
 from raycompress.quantization.layer_errors import LayerError, layer_errors
@@ -33,9 +32,7 @@ def write_quantized_files(plan: Plan, model: nn.Module, folder: Path) -> str:
     """
     assert plan.quantize is not None
     folder.mkdir(parents=True, exist_ok=True)
-    settings = plan.config.evaluation
-    splits = Splits(plan.task, settings.batch_size, 1, torch.device("cpu"))
-    batches = splits.calibration(plan.quantize.section.batches)
+    batches = cpu_splits(plan).calibration(plan.quantize.section.batches)
     rows = [vars(row) for row in layer_errors(model, plan.task.forward, batches)]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / LAYERS)
     try:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+
+import torch
 
 from raycompress.search import Candidate, Shard
 from raycompress.task import Split
@@ -29,6 +32,16 @@ class Evaluation:
         for name in ("batch_size", "num_shards", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"evaluation.{name} must be at least 1, got {getattr(self, name)}")
+
+    @contextmanager
+    def own_threads(self) -> Iterator[None]:
+        """This process computes with so many threads, and with as many as before afterwards."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)

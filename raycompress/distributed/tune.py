@@ -269,7 +269,7 @@ def _trial(config: Mapping[str, Any], common: _Common) -> None:
         if isinstance(error, StorageError):
             raise  # no room for a file either
         text = f"{type(error).__name__}: {error}"
-        _write(_error(folder, spec.name), {"error": text})
+        write_whole(_error(folder, spec.name), json.dumps({"error": text}).encode())
         lasting = isinstance(error, InputError | EvaluationError)
         if lasting and not isinstance(error, ClusterError):  # nodes come back
             return
@@ -299,11 +299,6 @@ def _check_room(cluster: ClusterConfig, timeout: float) -> None:
     replicas = [bundle(cluster)] * cluster.replicas
     what = f"a trial with {cluster.replicas} replicas doesn't fit"
     check_feasible(replicas, what, timeout)
-
-
-def _write(path: Place, content: Mapping[str, Any]) -> None:
-    """Writes JSON; the file appears whole or not at all."""
-    write_whole(path, json.dumps(content).encode())
 
 
 def _name(trial: Any) -> str:

@@ -146,9 +146,7 @@ class CurveSolver(Pruner):
             asked += [(name, count) for count in sorted(counts) if count < group.num_channels]
         probes = [self._candidate(problem, ranking, {name: count}) for name, count in asked]
         # Differences from the dense model on the same examples need few of them.
-        num_shards = problem.executor.num_shards
-        part = max(round(self.share * num_shards), 1)
-        shards = None if part == num_shards else (0, part)
+        shards = problem.first_shards(self.share)
         dense, *trials = yield Probes(
             tuple(replace(each, shards=shards) for each in [Candidate(problem.weights), *probes])
         )

@@ -22,14 +22,13 @@ import numpy as np
 
 from raycompress.budget import Budget, read_limit
 from raycompress.errors import BudgetError, ConfigError, EvaluationError
-from raycompress.importing import resolve
+from raycompress.importing import named, resolve
 from raycompress.pruning.bit_costs import BitCosts, Choice
 from raycompress.pruning.pruner import Problem, Pruner
 from raycompress.pruning.solver import Floats, PairwiseCost, solve
 from raycompress.quantization import QUANTIZERS
 from raycompress.quantization.quantizer import Bits, Quantization, Quantizer
 from raycompress.search import Asked, Candidate, Probes, Race, Search, Trial
-from raycompress.wording import near
 
 __all__ = ["MixedPrecision", "allocate"]
 
@@ -180,9 +179,7 @@ class MixedPrecision(Pruner):
         At least 0, and no smaller with fewer bits.
         """
         names, choices = list(BitCosts.of(problem).layers), self._choices()
-        num_shards = problem.executor.num_shards
-        part = max(round(self.share * num_shards), 1)
-        shards = None if part == num_shards else (0, part)
+        shards = problem.first_shards(self.share)
         asked = [
             Candidate(problem.weights, shards=shards, quantize=self._quantization({name: choice}))
             for name in names
@@ -249,17 +246,8 @@ class MixedPrecision(Pruner):
         return Quantization.of(self._quantizer(), bits, self.batches)
 
     def _quantizer(self) -> Quantizer:
-        key = "MixedPrecision.quantizer"
-        if ":" in self.quantizer:
-            own: Quantizer = resolve(self.quantizer, Quantizer, key)()
-            return own
-        if self.quantizer not in QUANTIZERS:
-            allowed = (
-                f"; there are {', '.join(QUANTIZERS)}, and import paths 'package.module:Class'"
-            )
-            hint = near(self.quantizer, QUANTIZERS, allowed)
-            raise ConfigError(f"{key}: no quantizer {self.quantizer!r}{hint}")
-        return QUANTIZERS[self.quantizer]()
+        made: Quantizer = named(self.quantizer, Quantizer, QUANTIZERS, "MixedPrecision.quantizer")()
+        return made
 
     def _inner(self) -> Pruner:
         path = self.pruner if ":" in self.pruner else f"raycompress.pruning:{self.pruner}"

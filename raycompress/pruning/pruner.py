@@ -157,6 +157,12 @@ class Problem:
         model.load_state_dict(dict(state))
         return model
 
+    def first_shards(self, share: float) -> tuple[int, int] | None:
+        """`Candidate.shards` of a part in (0, 1] of the validation split, at least one shard."""
+        num_shards = self.executor.num_shards
+        part = max(round(share * num_shards), 1)
+        return None if part == num_shards else (0, part)
+
     def candidate(
         self,
         counts: Mapping[str, int],

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from raycompress.errors import ConfigError
 from raycompress.method import TrainingMethod
@@ -142,6 +142,11 @@ class Quantization:
     def prepare(self, model: nn.Module) -> None:
         """Gives a float model its quantizers, in place."""
         self.quantizer.prepare(model, dict(self.choices))
+
+    def restore(self, model: nn.Module, state: Mapping[str, Tensor]) -> None:
+        """Makes of a float model, in place, the quantized one that a state dict is of."""
+        self.prepare(model)
+        model.load_state_dict(dict(state))
 
     def check_training(self, epochs: float, steps_per_epoch: int) -> None:
         """Raises a ConfigError if the quantizer can't do with so many epochs of training."""

@@ -9,33 +9,18 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor, nn
+from toy_nets import call, toy_net
 
 from raycompress.quantization import PTQ, Bits, choices_of
 from raycompress.quantization.layers import in_float, quantized_layers
-from raycompress.testing import QuantizerContract, ToyNet
+from raycompress.testing import QuantizerContract
 
 CORRECTED = PTQ(weight_bits=3, input_bits=4, bias_correction=True)
-
-
-def call(model: nn.Module, batch: Any) -> Any:
-    return model(batch)
 
 
 def batches(shift: float = 0.5) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(n, 2, 6, 6, generator=generator) + shift for n in (16, 16, 9)]
-
-
-def toy_net(seed: int = 0) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = ToyNet()
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                nn.init.uniform_(module.weight, 0.5, 2)
-                nn.init.normal_(module.bias)
-                nn.init.uniform_(module.running_var, 0.5, 2)
-    return model.eval()
 
 
 def calibrated(quantizer: PTQ = CORRECTED) -> nn.Module:

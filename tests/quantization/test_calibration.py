@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from toy_nets import call
 
 from raycompress.errors import ArtifactError, ConfigError
 from raycompress.quantization import (
@@ -25,10 +25,6 @@ from raycompress.quantization import (
     load_calibration,
 )
 from raycompress.testing import ToyNet
-
-
-def call(model: nn.Module, batch: Any) -> Any:
-    return model(batch)
 
 
 def batch() -> Tensor:

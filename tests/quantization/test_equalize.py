@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from toy_nets import call
 
 from raycompress.quantization import PTQ, choices_of
 from raycompress.quantization.equalize import equalize, pairs_of
@@ -18,10 +19,6 @@ from raycompress.quantization.layers import in_float, quantized_layers
 from raycompress.testing import QuantizerContract, ToyNet
 
 EQUALIZED = PTQ(per_channel=False, equalize=True)
-
-
-def call(model: nn.Module, batch: Any) -> Any:
-    return model(batch)
 
 
 class Mobile(nn.Module):

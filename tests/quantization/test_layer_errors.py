@@ -9,16 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from toy_nets import call
 
 from raycompress.quantization import BNN, LSQ, PTQ, QAT, Bits, DoReFa, NaiveQuantizer, Quantizer
 from raycompress.quantization.layer_errors import LayerError, layer_errors
 from raycompress.quantization.layers import quantized_layers
 from raycompress.testing import ToyNet
 from raycompress.tracking.figures import quantization_figure
-
-
-def call(model: nn.Module, batch: Any) -> Any:
-    return model(batch)
 
 
 def batches() -> list[Tensor]:

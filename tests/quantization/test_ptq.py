@@ -5,38 +5,20 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from toy_nets import call, toy_net
 
 from raycompress.errors import ConfigError, EvaluationError
 from raycompress.quantization import PTQ, Bits, choices_of
 from raycompress.quantization.layers import in_float, quantized_layers
 from raycompress.quantization.observers import OBSERVERS
 from raycompress.quantization.qat import FoldedWeight
-from raycompress.testing import ToyNet, ToyTask
-
-
-def call(model: nn.Module, batch: Any) -> Any:
-    return model(batch)
-
-
-def toy_net(seed: int = 0) -> nn.Module:
-    """With norms that do something."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = ToyNet()
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                nn.init.uniform_(module.weight, 0.5, 2)
-                nn.init.normal_(module.bias)
-                nn.init.normal_(module.running_mean)
-                nn.init.uniform_(module.running_var, 0.5, 2)
-    return model.eval()
+from raycompress.testing import ToyTask
 
 
 def batches(seed: int = 0) -> list[Tensor]:
