@@ -13,6 +13,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from fractions import Fraction
 from typing import Any, Self
 
 from raycompress.dfe import Prices
@@ -41,7 +42,6 @@ class LedgerExecutor(ABC):
         progress: Called with (step, number of steps, loss) while a training unit runs.
 
     Attributes:
-        dfe: Dense-forward equivalents spent so far, not counting what the ledger answered.
         num_evaluated: Candidates evaluated so far, not counting what the ledger answered.
         rankings: What was published, by digest.
     """
@@ -59,12 +59,20 @@ class LedgerExecutor(ABC):
         self.evaluation = evaluation
         self.ledger = ledger
         self.progress = progress
-        self.dfe = 0.0
+        self._dfe = Fraction()
         self.num_evaluated = 0
         self._memory: dict[str, Mapping[str, Any]] = {}
         self._structure = structure_digest(structure)
         self._slim: dict[str, dict[str, int]] = {}
         self.rankings: dict[str, Ranking] = {}
+
+    @property
+    def dfe(self) -> float:
+        """Dense-forward equivalents spent so far, not counting what the ledger answered.
+
+        The sum is exact: the order in which replicas answer doesn't change its last digit.
+        """
+        return float(self._dfe)
 
     @property
     @abstractmethod
@@ -324,7 +332,7 @@ class LedgerExecutor(ABC):
             "dfe": dfe,
             "worker": ",".join(sorted({r.worker for r in results})),
         }
-        self.dfe += dfe
+        self._dfe += Fraction(dfe)
         if stored and failure is not None:
             return trial  # not recorded: the next run tries again
         if self.ledger is None:

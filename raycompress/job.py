@@ -8,6 +8,7 @@ markers what an earlier run of the same job has done.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -259,7 +260,7 @@ def run_job(
 
 def _spent(plan: Plan) -> float:
     """What all runs of a job have cost so far."""
-    return float(sum(record["dfe"] for record in scan_ledger(plan.output / "ledger")))
+    return math.fsum(record["dfe"] for record in scan_ledger(plan.output / "ledger"))
 
 
 def _dense_weights(job: _Job, pool: LedgerExecutor) -> str:
