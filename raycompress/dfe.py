@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from raycompress.search import Candidate
+from raycompress.candidate import Candidate
 from raycompress.structure import Structure
 from raycompress.task import Split
 from raycompress.units import Evaluation, HostInfo

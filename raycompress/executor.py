@@ -16,10 +16,10 @@ from dataclasses import asdict, replace
 from fractions import Fraction
 from typing import Any, Self
 
+from raycompress.candidate import Candidate, Ranking, Shard, Trial, digest_of
 from raycompress.dfe import Prices
 from raycompress.identity import structure_digest
 from raycompress.ledger import Ledger
-from raycompress.search import Candidate, Ranking, Shard, Trial, digest_of
 from raycompress.storage import Place
 from raycompress.structure import Structure
 from raycompress.structure.latency.measure import LatencyRow

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from raycompress.candidate import Candidate, Training
 from raycompress.config import JobConfig
 from raycompress.executor import LedgerExecutor
 from raycompress.measured import Finished, Measured, finish_candidate
@@ -16,7 +17,6 @@ from raycompress.method import TrainingMethod
 from raycompress.plan import Plan, TrialPlan
 from raycompress.reconstruction import Reconstruction
 from raycompress.results import Limit, SearchStep, TrialResult
-from raycompress.search import Candidate, Training
 from raycompress.structure.latency.measure import LatencyRow
 from raycompress.structure.latency.table import LatencyTable
 from raycompress.training import Distillation

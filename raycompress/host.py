@@ -17,6 +17,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from raycompress.candidate import Candidate, Ranking, Shard, Training
 from raycompress.collect import Collector, Probe
 from raycompress.data import Splits
 from raycompress.errors import StorageError, TaskError
@@ -27,7 +28,6 @@ from raycompress.method import TrainingRun, train_within
 from raycompress.quantization.quantizer import Quantization
 from raycompress.recalibration import recalibrate
 from raycompress.reconstruction import Reconstruction, lost_inputs, reconstruct
-from raycompress.search import Candidate, Ranking, Shard, Training
 from raycompress.storage import Place, place_of, staged
 from raycompress.structure import Structure, expand, slim
 from raycompress.structure.latency.measure import LatencyRow, measure

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NoReturn, Protocol
 
 from raycompress.analysis.sensitivity import SensitivityRow, write_sensitivity
+from raycompress.candidate import Candidate, Training
 from raycompress.config import TrainingConfig
 from raycompress.errors import EvaluationError, StorageError
 from raycompress.executor import LedgerExecutor
@@ -31,7 +32,7 @@ from raycompress.progress import Progress
 from raycompress.pruning.pruner import Problem, Pruner
 from raycompress.quantized import quantize_trials
 from raycompress.results import Curve, FrozenLayer, JobResult, SampleRow, TrialResult
-from raycompress.search import Candidate, Training, run_search
+from raycompress.search import run_search
 from raycompress.storage import staged, writing
 from raycompress.structure.latency.table import LatencyTable
 from raycompress.trial import Shared, finished, run_trial, save_result, unfinished

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from raycompress.budget import Budget
+from raycompress.candidate import digest_of
 from raycompress.checking import Check
 from raycompress.config import JobConfig
 from raycompress.errors import ConfigError
@@ -23,7 +24,6 @@ from raycompress.pruning import Pruner
 from raycompress.quantization import Quantizer
 from raycompress.quantize_section import QuantizeSection
 from raycompress.schema import json_schema, pruner_types
-from raycompress.search import digest_of
 from raycompress.source import Source, plain, to_yaml
 from raycompress.storage import ObjectPath
 from raycompress.task import Task

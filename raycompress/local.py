@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from raycompress.candidate import Candidate, Ranking
 from raycompress.executor import LedgerExecutor
 from raycompress.host import ModelHost
 from raycompress.ledger import Ledger
-from raycompress.search import Candidate, Ranking
 from raycompress.storage import Place
 from raycompress.structure import Structure
 from raycompress.structure.latency.measure import LatencyRow

@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from raycompress.artifacts import save
+from raycompress.candidate import Candidate, Training
 from raycompress.config import JobConfig
 from raycompress.driver import backend_of, terminable, validate
 from raycompress.errors import (
@@ -32,7 +33,6 @@ from raycompress.plan import Plan
 from raycompress.points import read_table
 from raycompress.progress import Progress, SilentProgress
 from raycompress.results import JobResult, ModelRow, Verification
-from raycompress.search import Candidate, Training
 from raycompress.storage import ObjectPath, Place, place_of, staged
 from raycompress.task import SPLITS
 from raycompress.trial import load_ranking, write_json

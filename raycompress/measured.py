@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from raycompress.candidate import Candidate, Training
 from raycompress.errors import EvaluationError, VerificationError
 from raycompress.executor import LedgerExecutor
 from raycompress.masks import Masks, masked_copy, save_masks, weight_masks
 from raycompress.plan import Plan
 from raycompress.results import Latency, ModelRow, Verification
-from raycompress.search import Candidate, Training
 from raycompress.storage import Place, staged
 from raycompress.structure import expand, file_size, slim, verify
 from raycompress.structure.latency.measure import LatencyRow

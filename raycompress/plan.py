@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from raycompress.analysis.sensitivity import Sensitivity
 from raycompress.budget import Budget, Pricing
+from raycompress.candidate import Ranking, Trial
 from raycompress.config import JobConfig, TrainingConfig, TuneConfig
 from raycompress.errors import ConfigError, RaycompressError, StructureError, TaskError
 from raycompress.hiding import hidden
@@ -26,7 +27,6 @@ from raycompress.importing import resolve, resolve_function
 from raycompress.loading import build_pruner
 from raycompress.pruning.pruner import Problem, Pruner
 from raycompress.quantize_plan import QuantizePlan, check_found_bits, plan_quantize
-from raycompress.search import Ranking, Trial
 from raycompress.storage import ObjectPath, Place, place_of
 from raycompress.structure import Structure, analyze
 from raycompress.task import Split, Task, check_task

@@ -15,12 +15,12 @@ import pyarrow
 import pyarrow.parquet
 
 from raycompress.budget import Pricing
+from raycompress.candidate import Candidate, Trial, digest_of
 from raycompress.executor import LedgerExecutor
 from raycompress.identity import structure_digest
 from raycompress.pareto import RESOURCES, Point, marked
 from raycompress.plan import Plan
 from raycompress.results import TrialResult
-from raycompress.search import Candidate, Trial, digest_of
 from raycompress.storage import ObjectPath, Place, Segments, read_all, write_whole
 
 __all__ = [

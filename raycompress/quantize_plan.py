@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from raycompress.candidate import Training
 from raycompress.config import JobConfig, TrainingConfig
 from raycompress.errors import ConfigError
 from raycompress.loading import build_quantizer
@@ -16,7 +17,6 @@ from raycompress.quantization import Bits, Quantization, Quantizer, choices_of
 from raycompress.quantization.lowering import lowering
 from raycompress.quantization.quantize import float_layers
 from raycompress.quantize_section import QuantizeSection
-from raycompress.search import Training
 from raycompress.task import Task
 
 __all__ = ["INTEGERS", "QuantizePlan", "check_found_bits", "plan_quantize"]

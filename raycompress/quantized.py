@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
+from raycompress.candidate import Candidate
 from raycompress.errors import EvaluationError
 from raycompress.executor import LedgerExecutor
 from raycompress.lowered import look, lower_model, time_lowered
@@ -21,7 +22,6 @@ from raycompress.quantization import Quantization
 from raycompress.quantization.lowering import Lowered
 from raycompress.quantized_files import write_quantized_files
 from raycompress.results import QuantizedResult, TrialResult
-from raycompress.search import Candidate
 from raycompress.storage import staged
 from raycompress.structure import file_size
 from raycompress.weights import WeightStore

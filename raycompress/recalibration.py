@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from raycompress.candidate import Candidate, Trial
 from raycompress.errors import EvaluationError, TaskError
-from raycompress.search import Candidate, Trial
 
 __all__ = ["WORST_DROP", "check_recalibration", "recalibrate"]
 

@@ -22,21 +22,14 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from raycompress.budget import Budget
+from raycompress.candidate import Candidate, Training, Trial
 from raycompress.criteria import Criterion
 from raycompress.ledger import Ledger
 from raycompress.local import LocalExecutor
 from raycompress.method import TrainingRun
 from raycompress.pruning.pruner import Problem, Pruner
 from raycompress.quantization.quantizer import Quantization, Quantizer
-from raycompress.search import (
-    Asked,
-    Candidate,
-    Search,
-    Training,
-    Trial,
-    answer,
-    run_search,
-)
+from raycompress.search import Asked, Search, answer, run_search
 from raycompress.structure import analyze
 from raycompress.task import ClassificationTask, Split
 from raycompress.weights import Weights, WeightStore

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from raycompress.budget import Budget
+from raycompress.candidate import Candidate, Ranking, Training, Trial, digest_of
 from raycompress.config import JobConfig
 from raycompress.errors import EvaluationError
 from raycompress.executor import LedgerExecutor
@@ -28,7 +29,7 @@ from raycompress.loading import build_pruner
 from raycompress.plan import TrialPlan
 from raycompress.points import Pricer, Recorder, points_path
 from raycompress.pruning.pruner import Problem
-from raycompress.search import Candidate, Ranking, Training, Trial, digest_of, run_search
+from raycompress.search import run_search
 from raycompress.storage import Place, local_copy, write_whole
 from raycompress.structure import Cost, Structure
 from raycompress.structure.latency.table import LatencyTable

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from raycompress.candidate import digest_of
 from raycompress.plan import StudyPlan, TrialPlan
 from raycompress.results import SampleRow
-from raycompress.search import digest_of
 from raycompress.trial import Shared, finished, save_result, unfinished
 from raycompress.tuning import Sample, Searcher, Study
 from raycompress.watch import Watch

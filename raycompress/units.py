@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from raycompress.search import Candidate, Shard
+from raycompress.candidate import Candidate, Shard
 from raycompress.task import Split
 
 __all__ = ["Evaluation", "HostInfo", "Unit", "UnitResult"]

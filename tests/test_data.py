@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import raycompress.data
+from raycompress.candidate import Candidate
 from raycompress.criteria import CRITERIA
 from raycompress.data import Splits
 from raycompress.local import LocalExecutor
-from raycompress.search import Candidate
 from raycompress.structure import analyze
 from raycompress.task import Split
 from raycompress.testing import ToyTask

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from raycompress.candidate import Candidate, Training
 from raycompress.criteria import criterion
 from raycompress.dfe import Prices
 from raycompress.reconstruction import Reconstruction, lost_inputs
-from raycompress.search import Candidate, Training
 from raycompress.testing import toy_problem
 from raycompress.training import Distillation
 from raycompress.units import Evaluation, HostInfo

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from raycompress.candidate import Candidate, Training
 from raycompress.criteria import CRITERIA, Criterion
 from raycompress.local import LocalExecutor
 from raycompress.masks import hold, masked_copy
 from raycompress.pruning import AGP, L1Filter, Level, MovementPruning, Problem
 from raycompress.reconstruction import Reconstruction
-from raycompress.search import Candidate, Training, run_search
+from raycompress.search import run_search
 from raycompress.structure import analyze, slim, verify
 from raycompress.task import Progress
 from raycompress.testing import ToyTask, toy_problem

@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from raycompress.candidate import Trial
 from raycompress.ledger import read_ledger
 from raycompress.pareto import Point, front, marked
 from raycompress.points import Pricer, Recorder, read_points, read_table, write_table
-from raycompress.search import Race, Trial
+from raycompress.search import Race
 from raycompress.testing import toy_problem
 
 NUMBERS = st.one_of(st.integers(0, 4).map(float), st.just(math.inf), st.just(math.nan))

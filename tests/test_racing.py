@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_rel
 
-from raycompress.search import Candidate, Race, Shard, Trial, rungs, worse
+from raycompress.candidate import Candidate, Shard, Trial
+from raycompress.search import Race, rungs, worse
 from raycompress.testing import toy_problem
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from raycompress import layer_rows
+from raycompress.candidate import Candidate, Training
 from raycompress.criteria import L1, Magnitude
 from raycompress.layer_rows import rows_of, targets_of
 from raycompress.masks import masked_copy
@@ -18,7 +19,6 @@ from raycompress.reconstruction import (
     reconstruct,
     solve,
 )
-from raycompress.search import Candidate, Training
 from raycompress.structure import analyze, slim
 from raycompress.testing import toy_problem
 

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from raycompress.budget import Allocator, Budget
+from raycompress.candidate import Candidate, Ranking, Training
 from raycompress.criteria import L1
 from raycompress.errors import BudgetError, ConfigError, EvaluationError
 from raycompress.identity import structure_digest
 from raycompress.ledger import Ledger, read_ledger
 from raycompress.local import LocalExecutor
 from raycompress.pruning import L1Filter, Level, SimulatedAnnealing
-from raycompress.search import Candidate, Ranking, Training, run_search
+from raycompress.search import run_search
 from raycompress.structure import analyze, slim
 from raycompress.testing import PrunerContract, ToyTask, toy_problem
 from raycompress.weights import WeightStore

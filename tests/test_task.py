@@ -3,10 +3,11 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from raycompress.candidate import Candidate, Training
 from raycompress.errors import TaskError
 from raycompress.local import LocalExecutor
 from raycompress.recalibration import check_recalibration, recalibrate
-from raycompress.search import Candidate, Training, run_search
+from raycompress.search import run_search
 from raycompress.task import check_task, split_indices
 from raycompress.testing import ToyNet, ToyTask, toy_problem
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from raycompress.candidate import Candidate, Training
 from raycompress.collect import Collector, Probe
 from raycompress.criteria import L1
 from raycompress.method import TrainingMethod, TrainingRun
-from raycompress.search import Candidate, Training
 from raycompress.steps import after_step, before_step
 from raycompress.testing import toy_problem
 

@@ -15,11 +15,12 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
+from raycompress.candidate import Candidate, Ranking, Trial
 from raycompress.criteria import criterion
 from raycompress.errors import ConfigError
 from raycompress.masks import num_kept
 from raycompress.pruning.pruner import Problem
-from raycompress.search import Candidate, Executor, Ranking, Trial
+from raycompress.search import Executor
 
 __all__ = ["Sensitivity", "SensitivityRow", "write_sensitivity"]
 

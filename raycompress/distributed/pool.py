@@ -14,6 +14,7 @@ from typing import Any
 
 import ray
 
+from raycompress.candidate import Candidate, Ranking
 from raycompress.config import ClusterConfig
 from raycompress.distributed.cluster import bundle, check_feasible
 from raycompress.distributed.extras import Extras
@@ -28,7 +29,6 @@ from raycompress.distributed.spec import PackedWeights, PoolSpec, SharedSpec
 from raycompress.errors import EvaluationError, StorageError
 from raycompress.executor import LedgerExecutor
 from raycompress.ledger import Ledger
-from raycompress.search import Candidate, Ranking
 from raycompress.storage import Place
 from raycompress.structure.latency.measure import LatencyRow
 from raycompress.structure.latency.table import LatencyTable

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from raycompress.candidate import Candidate, Ranking
 from raycompress.errors import ClusterError, TaskError
 from raycompress.host import ModelHost
-from raycompress.search import Candidate, Ranking
 from raycompress.storage import Place
 from raycompress.structure.latency.measure import LatencyRow
 from raycompress.structure.latency.table import LatencyTable

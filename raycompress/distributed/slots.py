@@ -11,13 +11,13 @@ from typing import Any
 
 import ray
 
+from raycompress.candidate import Candidate
 from raycompress.config import ClusterConfig
 from raycompress.distributed.cluster import bundle, describe
 from raycompress.distributed.replica import Replica
 from raycompress.distributed.spec import SharedSpec
 from raycompress.errors import ClusterError, RaycompressError
 from raycompress.host import MAX_BUILT
-from raycompress.search import Candidate
 from raycompress.units import HostInfo, Unit
 
 __all__ = ["UNREACHABLE", "Slot", "loss_reason", "on_living_nodes", "wait_ready"]

@@ -10,12 +10,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from raycompress.candidate import Candidate, Training, Trial
 from raycompress.criteria import L2, Criterion, Magnitude, channel_rows
 from raycompress.errors import ConfigError
 from raycompress.masks import prune_order
 from raycompress.pruning.pruner import Problem, Pruner
 from raycompress.pruning.units import check_counts, check_sparsity, plan_units
-from raycompress.search import Asked, Candidate, Search, Training, Trial
+from raycompress.search import Asked, Search
 from raycompress.structure import ChannelGroup, slim
 from raycompress.training.toward import Toward
 from raycompress.weights import Weights

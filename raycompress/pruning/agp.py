@@ -6,11 +6,12 @@ import math
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
+from raycompress.candidate import Candidate, Training
 from raycompress.criteria import criterion
 from raycompress.errors import ConfigError
 from raycompress.pruning.pruner import Problem, Pruner
 from raycompress.pruning.units import Units, check_counts, check_sparsity, plan_units
-from raycompress.search import Candidate, Search, Training
+from raycompress.search import Search
 from raycompress.targets import POOL_KEYS, SCHEDULE_KEYS
 
 __all__ = ["AGP", "Ramp"]

@@ -18,11 +18,12 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from raycompress.budget import Allocator
+from raycompress.candidate import Candidate, Ranking, Trial
 from raycompress.criteria import criterion
 from raycompress.errors import ConfigError
 from raycompress.pruning.pruner import Problem, Pruner
 from raycompress.reconstruction import Reconstruction
-from raycompress.search import Asked, Candidate, Race, Ranking, Trial
+from raycompress.search import Asked, Race
 
 __all__ = ["Annealer", "accepted_up_to", "free_groups"]
 

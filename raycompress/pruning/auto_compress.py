@@ -6,6 +6,7 @@ from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 
 from raycompress.budget import Allocator, Budget, Limit
+from raycompress.candidate import Candidate, Ranking, Training, Trial
 from raycompress.criteria import criterion
 from raycompress.errors import ConfigError
 from raycompress.masks import masked_copy
@@ -14,7 +15,7 @@ from raycompress.pruning.annealing import Annealer, free_groups
 from raycompress.pruning.pruner import Problem, allocator
 from raycompress.pruning.purification import purified
 from raycompress.recalibration import check_recalibration
-from raycompress.search import Asked, Candidate, Ranking, Search, Training, Trial
+from raycompress.search import Asked, Search
 
 __all__ = ["AutoCompress"]
 

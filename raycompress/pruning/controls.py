@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 
+from raycompress.candidate import Candidate, Training, Trial
 from raycompress.criteria import L1, Criterion, Random
 from raycompress.errors import ConfigError
 from raycompress.pruning.lottery_ticket import reinitialised
 from raycompress.pruning.one_shot import ChannelPruner
 from raycompress.pruning.pruner import Problem
-from raycompress.search import Candidate, Search, Training, Trial
+from raycompress.search import Search
 from raycompress.weights import Weights
 
 __all__ = ["FromScratch", "RandomFilter"]

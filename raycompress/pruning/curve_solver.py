@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from raycompress.budget import Allocator
+from raycompress.candidate import Candidate, Ranking, Trial
 from raycompress.criteria import criterion
 from raycompress.errors import ConfigError, EvaluationError
 from raycompress.pruning.curves import Curves, errors_of, falling
@@ -26,7 +27,7 @@ from raycompress.pruning.pruner import Problem, Pruner, allocator
 from raycompress.pruning.solver import PairwiseCost, solve
 from raycompress.recalibration import check_recalibration
 from raycompress.reconstruction import Reconstruction
-from raycompress.search import Asked, Candidate, Probes, Race, Ranking, Search, Trial
+from raycompress.search import Asked, Probes, Race, Search
 
 __all__ = ["CurveSolver"]
 

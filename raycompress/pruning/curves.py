@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from raycompress.search import Ranking
+from raycompress.candidate import Ranking
 
 __all__ = ["Curves", "errors_of", "falling"]
 

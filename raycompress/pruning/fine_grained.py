@@ -9,13 +9,14 @@ from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
+from raycompress.candidate import Candidate
 from raycompress.criteria import criterion, parameter_name
 from raycompress.errors import BudgetError, ConfigError
 from raycompress.pruning.allocation import Competition
 from raycompress.pruning.patterns import Pattern, pattern_of
 from raycompress.pruning.pruner import Problem, Pruner
 from raycompress.pruning.units import Units, check_sparsity, plan_units, removable
-from raycompress.search import Candidate, Search
+from raycompress.search import Search
 from raycompress.targets import POOL_KEYS
 
 __all__ = ["LAMP", "FineGrained", "Level", "Wanda"]

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from raycompress.candidate import Candidate
 from raycompress.criteria import criterion
 from raycompress.errors import ConfigError
 from raycompress.masks import num_kept
@@ -14,7 +15,7 @@ from raycompress.pruning.pruner import Problem, Pruner, allocator
 from raycompress.pruning.units import check_counts
 from raycompress.recalibration import check_recalibration
 from raycompress.reconstruction import Reconstruction
-from raycompress.search import Candidate, Search
+from raycompress.search import Search
 from raycompress.structure import ChannelGroup
 from raycompress.wording import near
 

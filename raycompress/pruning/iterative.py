@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
+from raycompress.candidate import Candidate, Training
 from raycompress.criteria import criterion
 from raycompress.errors import ConfigError
 from raycompress.pruning.pruner import Problem, Pruner
 from raycompress.pruning.units import check_counts, check_sparsity, plan_units
-from raycompress.search import Candidate, Search, Training
+from raycompress.search import Search
 from raycompress.targets import POOL_KEYS
 
 __all__ = ["Iterative"]

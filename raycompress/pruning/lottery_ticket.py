@@ -12,11 +12,12 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from raycompress.candidate import Candidate, Training
 from raycompress.criteria import criterion
 from raycompress.errors import ConfigError
 from raycompress.pruning.pruner import Problem, Pruner
 from raycompress.pruning.units import check_sparsity, plan_units
-from raycompress.search import Candidate, Search, Training
+from raycompress.search import Search
 from raycompress.targets import POOL_KEYS, ROUND_KEYS
 from raycompress.weights import Weights
 

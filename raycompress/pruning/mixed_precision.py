@@ -21,6 +21,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from raycompress.budget import Budget, read_limit
+from raycompress.candidate import Candidate, Trial
 from raycompress.errors import BudgetError, ConfigError, EvaluationError
 from raycompress.importing import named, resolve
 from raycompress.pruning.bit_costs import BitCosts, Choice
@@ -28,7 +29,7 @@ from raycompress.pruning.pruner import Problem, Pruner
 from raycompress.pruning.solver import Floats, PairwiseCost, solve
 from raycompress.quantization import QUANTIZERS
 from raycompress.quantization.quantizer import Bits, Quantization, Quantizer
-from raycompress.search import Asked, Candidate, Probes, Race, Search, Trial
+from raycompress.search import Asked, Probes, Race, Search
 
 __all__ = ["MixedPrecision", "allocate"]
 

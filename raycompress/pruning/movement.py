@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from raycompress.candidate import Candidate, Training
 from raycompress.criteria import Magnitude
 from raycompress.errors import ConfigError
 from raycompress.pruning.pruner import Problem, Pruner
 from raycompress.pruning.units import check_sparsity, plan_units
-from raycompress.search import Candidate, Search, Training
+from raycompress.search import Search
 from raycompress.training.movement import Movement
 
 __all__ = ["MovementPruning"]

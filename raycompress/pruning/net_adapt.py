@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from raycompress.budget import Allocator
+from raycompress.candidate import Candidate, Training, Trial
 from raycompress.criteria import criterion
 from raycompress.errors import ConfigError, EvaluationError
 from raycompress.pruning.pruner import Problem, Pruner, allocator
-from raycompress.search import Candidate, Search, Training, Trial
+from raycompress.search import Search
 from raycompress.structure import ChannelGroup
 
 __all__ = ["NetAdapt"]

@@ -8,13 +8,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from raycompress.budget import Allocator
+from raycompress.candidate import Candidate
 from raycompress.criteria import criterion
 from raycompress.errors import BudgetError, ConfigError
 from raycompress.masks import num_kept
 from raycompress.pruning.annealing import free_groups
 from raycompress.pruning.pruner import Problem, Pruner, allocator
 from raycompress.pruning.units import check_sparsity
-from raycompress.search import Candidate, Search
+from raycompress.search import Search
 from raycompress.structure import ChannelGroup
 
 __all__ = ["NNISimulatedAnnealing"]

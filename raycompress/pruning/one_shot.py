@@ -9,12 +9,13 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from raycompress.candidate import Candidate, Trial
 from raycompress.criteria import L1, L2, Criterion, criterion
 from raycompress.errors import BudgetError, ConfigError
 from raycompress.pruning.allocation import Competition, below_budget
 from raycompress.pruning.pruner import Problem, Pruner, allocator
 from raycompress.pruning.units import Units, check_counts, check_sparsity, plan_units
-from raycompress.search import Candidate, Search, Trial
+from raycompress.search import Search
 from raycompress.targets import POOL_KEYS
 
 __all__ = ["ChannelPruner", "L1Filter", "L2Filter", "OneShot"]

@@ -14,21 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from raycompress.budget import Allocator, Budget, Pricing
+from raycompress.candidate import Candidate, Ranking, Training, Trial
 from raycompress.criteria import Criterion
 from raycompress.errors import ConfigError, EvaluationError
 from raycompress.local import LocalExecutor
 from raycompress.masks import Masks, prune_order
 from raycompress.pruning.tied import own_weights
-from raycompress.search import (
-    Asked,
-    Candidate,
-    Executor,
-    Ranking,
-    Search,
-    Training,
-    Trial,
-    run_search,
-)
+from raycompress.search import Asked, Executor, Search, run_search
 from raycompress.structure import Structure, analyze, expand
 from raycompress.targets import (
     Choice,

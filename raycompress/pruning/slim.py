@@ -6,12 +6,13 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from raycompress.candidate import Candidate, Training, Trial
 from raycompress.criteria import BNScale, Criterion
 from raycompress.criteria.bn_scale import scale_factors
 from raycompress.errors import ConfigError
 from raycompress.pruning.one_shot import ChannelPruner
 from raycompress.pruning.pruner import Problem
-from raycompress.search import Candidate, Search, Training, Trial
+from raycompress.search import Search
 from raycompress.training import ScaleSparsity
 
 __all__ = ["Slim"]

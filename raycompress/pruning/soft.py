@@ -9,11 +9,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from raycompress.candidate import Candidate, Training
 from raycompress.criteria import criterion
 from raycompress.errors import ConfigError
 from raycompress.pruning.pruner import Problem, Pruner
 from raycompress.pruning.units import check_counts, check_sparsity, plan_units
-from raycompress.search import Candidate, Search, Training
+from raycompress.search import Search
 from raycompress.structure import Structure
 from raycompress.targets import POOL_KEYS
 from raycompress.weights import Weights

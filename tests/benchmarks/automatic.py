@@ -31,6 +31,7 @@ import torch
 
 from jobs.tasks.fashion import Fashion
 from raycompress.budget import Budget
+from raycompress.candidate import Candidate, Training, Trial
 from raycompress.ledger import Ledger
 from raycompress.local import LocalExecutor
 from raycompress.pruning import (
@@ -45,7 +46,7 @@ from raycompress.pruning import (
     SimulatedAnnealing,
 )
 from raycompress.reconstruction import Reconstruction
-from raycompress.search import Candidate, Training, Trial, run_search
+from raycompress.search import run_search
 from raycompress.structure import analyze
 from raycompress.units import Evaluation
 from raycompress.weights import Weights, WeightStore

@@ -21,12 +21,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from jobs.tasks.fashion import Fashion
+from raycompress.candidate import Candidate
 from raycompress.local import LocalExecutor
 from raycompress.pruning import MixedPrecision, Problem
 from raycompress.pruning.bit_costs import BitCosts
 from raycompress.quantization import PTQ, Quantization
 from raycompress.quantization.quantizer import Bits
-from raycompress.search import Candidate, run_search
+from raycompress.search import run_search
 from raycompress.structure import analyze
 from raycompress.units import Evaluation
 from raycompress.weights import Weights, WeightStore

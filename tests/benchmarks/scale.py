@@ -29,11 +29,11 @@ from ray.cluster_utils import Cluster
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from raycompress.candidate import Candidate, Trial
 from raycompress.config import ClusterConfig
 from raycompress.distributed.pool import ReplicaPool
 from raycompress.distributed.spec import PoolSpec
 from raycompress.ledger import Ledger
-from raycompress.search import Candidate, Trial
 from raycompress.structure import analyze
 from raycompress.task import Split, Task
 from raycompress.weights import Weights, WeightStore

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from raycompress.candidate import Candidate
 from raycompress.config import ClusterConfig
 from raycompress.distributed.cluster import connect
 from raycompress.distributed.pool import ReplicaPool
 from raycompress.distributed.spec import PoolSpec
 from raycompress.ledger import Ledger
-from raycompress.search import Candidate
 from raycompress.structure import analyze
 from raycompress.testing import ToyTask
 from raycompress.units import Evaluation

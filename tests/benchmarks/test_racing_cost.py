@@ -16,10 +16,11 @@ import torch
 
 from jobs.tasks.fashion import ROOT, Fashion
 from raycompress.budget import Allocator, Budget
+from raycompress.candidate import Candidate, Ranking, Shard, Training, Trial
 from raycompress.criteria import criterion
 from raycompress.local import LocalExecutor
 from raycompress.pruning import Problem
-from raycompress.search import Candidate, Race, Ranking, Search, Shard, Training, Trial, run_search
+from raycompress.search import Race, Search, run_search
 from raycompress.structure import analyze
 from raycompress.units import Evaluation
 from raycompress.weights import Weights, WeightStore

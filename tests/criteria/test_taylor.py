@@ -11,12 +11,12 @@ from scipy.stats import spearmanr
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
+from raycompress.candidate import Candidate
 from raycompress.criteria import L1, Criterion, MeanActivation, Taylor
 from raycompress.errors import ConfigError, TaskError
 from raycompress.local import LocalExecutor
 from raycompress.masks import masked_copy
 from raycompress.pruning import TaylorFO
-from raycompress.search import Candidate
 from raycompress.testing import ToyTask, toy_problem
 from raycompress.units import Evaluation
 

@@ -13,11 +13,11 @@ import pytest
 import ray
 import torch
 
+from raycompress.candidate import Candidate, Ranking
 from raycompress.config import ClusterConfig
 from raycompress.distributed.spec import PoolSpec
 from raycompress.ledger import Ledger
 from raycompress.local import LocalExecutor
-from raycompress.search import Candidate, Ranking
 from raycompress.structure import Structure, analyze
 from raycompress.testing import ToyTask
 from raycompress.weights import Weights, WeightStore

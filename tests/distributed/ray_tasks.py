@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from raycompress.candidate import Candidate, Ranking
 from raycompress.ledger import Ledger
-from raycompress.search import Candidate, Ranking
 from raycompress.testing import ToyTask
 
 

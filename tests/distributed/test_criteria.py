@@ -8,6 +8,7 @@ import pytest
 from conftest import Toy
 
 from raycompress.budget import Budget
+from raycompress.candidate import Candidate
 from raycompress.config import ClusterConfig
 from raycompress.distributed.pool import ReplicaPool
 from raycompress.local import LocalExecutor
@@ -18,7 +19,7 @@ from raycompress.pruning import (
     Pruner,
     TaylorFO,
 )
-from raycompress.search import Candidate, Executor, run_search
+from raycompress.search import Executor, run_search
 from raycompress.testing import ToyTask
 from raycompress.weights import WeightStore
 

@@ -11,11 +11,11 @@ import ray
 from conftest import Toy
 from ray.cluster_utils import Cluster
 
+from raycompress.candidate import Candidate, Trial
 from raycompress.config import ClusterConfig
 from raycompress.distributed import extras
 from raycompress.distributed.pool import ReplicaPool
 from raycompress.ledger import Ledger, read_ledger
-from raycompress.search import Candidate, Trial
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -12,12 +12,12 @@ import ray
 from conftest import Toy
 from ray_tasks import finished
 
+from raycompress.candidate import Training
 from raycompress.config import ClusterConfig
 from raycompress.distributed.pool import MAX_LOSSES, ReplicaPool
 from raycompress.distributed.tune import MAX_RETRIES, TrialSpec, run_trials
 from raycompress.driver import run
 from raycompress.errors import ClusterError
-from raycompress.search import Training
 from tests.distributed.chaos import Killer, Nodes, check_books, records
 from tests.distributed.chaos_jobs import TASK, job, states, store, told
 

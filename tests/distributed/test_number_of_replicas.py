@@ -10,13 +10,14 @@ import pytest
 from conftest import Toy
 
 from raycompress.budget import Budget
+from raycompress.candidate import Candidate
 from raycompress.config import ClusterConfig
 from raycompress.distributed.pool import ReplicaPool
 from raycompress.executor import LedgerExecutor
 from raycompress.ledger import Ledger
 from raycompress.pruning import CurveSolver, NetAdapt, Pruner, SimulatedAnnealing
 from raycompress.pruning.pruner import Problem
-from raycompress.search import Candidate, run_search
+from raycompress.search import run_search
 from raycompress.testing import ToyTask
 from raycompress.weights import WeightStore
 

@@ -13,6 +13,7 @@ import torch
 from conftest import Toy, wait_for
 from ray_tasks import SignallingTask
 
+from raycompress.candidate import Candidate, Ranking, Training, Trial
 from raycompress.config import ClusterConfig
 from raycompress.distributed.pool import ReplicaPool
 from raycompress.distributed.replica import Replica
@@ -20,7 +21,6 @@ from raycompress.distributed.slots import check_alike
 from raycompress.distributed.spec import PackedWeights
 from raycompress.errors import ClusterError, TaskError
 from raycompress.ledger import Ledger
-from raycompress.search import Candidate, Ranking, Training, Trial
 from raycompress.units import HostInfo
 from raycompress.weights import Weights, digest_of_state
 

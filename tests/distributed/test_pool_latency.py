@@ -4,9 +4,9 @@ import time
 
 import pytest
 
+from raycompress.candidate import Candidate
 from raycompress.distributed.pool import ReplicaPool
 from raycompress.errors import EvaluationError
-from raycompress.search import Candidate
 from raycompress.testing import ToyTask
 
 

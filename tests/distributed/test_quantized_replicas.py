@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 from conftest import Toy
 
+from raycompress.candidate import Candidate, Training
 from raycompress.config import ClusterConfig
 from raycompress.distributed.pool import ReplicaPool
 from raycompress.distributed.spec import PackedWeights
 from raycompress.executor import LedgerExecutor
 from raycompress.quantization import QAT, Quantization
 from raycompress.quantization.quantizer import Bits
-from raycompress.search import Candidate, Training
 from raycompress.weights import digest_of_state
 
 pytestmark = pytest.mark.usefixtures("cluster")

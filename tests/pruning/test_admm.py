@@ -11,12 +11,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from raycompress.candidate import Candidate, Training
 from raycompress.criteria import L2, Magnitude
 from raycompress.errors import ConfigError
 from raycompress.pruning import ADMM
 from raycompress.pruning.admm import Projection
 from raycompress.pruning.units import plan_units
-from raycompress.search import Candidate, Training, run_search
+from raycompress.search import run_search
 from raycompress.testing import PrunerContract, toy_problem
 
 

@@ -12,13 +12,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from raycompress.candidate import Candidate, Ranking, Shard, Training, Trial
 from raycompress.driver import run
 from raycompress.errors import BudgetError, ConfigError
 from raycompress.pruning import AutoCompress, NNISimulatedAnnealing, SimulatedAnnealing
 from raycompress.pruning.admm import Projection
 from raycompress.pruning.pruner import allocator
 from raycompress.pruning.purification import purified, strengths
-from raycompress.search import Candidate, Ranking, Shard, Training, Trial, run_search
+from raycompress.search import run_search
 from raycompress.structure import slim
 from raycompress.targets import config_list
 from raycompress.testing import PrunerContract, ToyTask, toy_problem

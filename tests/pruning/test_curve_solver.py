@@ -16,11 +16,12 @@ from sklearn.isotonic import IsotonicRegression
 
 import raycompress
 from raycompress.budget import Allocator, Budget
+from raycompress.candidate import Ranking, Trial
 from raycompress.errors import BudgetError, ConfigError, EvaluationError
 from raycompress.ledger import read_ledger
 from raycompress.pruning import CurveSolver
 from raycompress.pruning.curves import Curves, errors_of, falling
-from raycompress.search import Probes, Race, Ranking, Trial, run_search
+from raycompress.search import Probes, Race, run_search
 from raycompress.structure import analyze
 from raycompress.testing import PrunerContract, ToyNet, toy_problem
 

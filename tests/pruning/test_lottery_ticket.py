@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from raycompress.candidate import Candidate, Training
 from raycompress.errors import ConfigError
 from raycompress.masks import num_kept
 from raycompress.pruning import Iterative, LotteryTicket
 from raycompress.pruning.lottery_ticket import reinitialised
-from raycompress.search import Candidate, Training, run_search
+from raycompress.search import run_search
 from raycompress.testing import PrunerContract, ToyTask, toy_problem
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
+from raycompress.candidate import Candidate, Training
 from raycompress.driver import run
 from raycompress.errors import BudgetError, ConfigError, InputError
 from raycompress.ledger import Ledger
@@ -28,7 +29,7 @@ from raycompress.quantization import PTQ, QAT, Quantization
 from raycompress.quantization.lowering.packed import save_packed
 from raycompress.quantization.quantizer import Bits
 from raycompress.quantize_plan import check_found_bits
-from raycompress.search import Candidate, Probes, Race, Training, answer, run_search
+from raycompress.search import Probes, Race, answer, run_search
 from raycompress.structure import analyze
 from raycompress.testing import PrunerContract, ToyTask, toy_problem
 from raycompress.weights import WeightStore

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from raycompress.candidate import Shard, Trial
 from raycompress.errors import BudgetError, ConfigError
 from raycompress.pruning import NetAdapt
 from raycompress.pruning.pruner import allocator
-from raycompress.search import Shard, Trial, run_search
+from raycompress.search import run_search
 from raycompress.testing import PrunerContract, toy_problem
 
 

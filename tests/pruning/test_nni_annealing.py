@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from raycompress.candidate import Shard, Trial
 from raycompress.errors import BudgetError, ConfigError
 from raycompress.pruning import NNISimulatedAnnealing
 from raycompress.pruning.nni_annealing import _to_sparsity
-from raycompress.search import Shard, Trial, run_search
+from raycompress.search import run_search
 from raycompress.structure import analyze
 from raycompress.targets import config_list
 from raycompress.testing import PrunerContract, ToyTask, toy_problem

@@ -11,13 +11,14 @@ from typing import ClassVar
 import pytest
 import torch
 
+from raycompress.candidate import Shard, Trial
 from raycompress.driver import run
 from raycompress.errors import BudgetError, ConfigError
 from raycompress.pruning import L1Filter, SimulatedAnnealing
 from raycompress.pruning.annealing import accepted_up_to
 from raycompress.pruning.pruner import allocator
 from raycompress.reconstruction import Reconstruction
-from raycompress.search import Shard, Trial, run_search
+from raycompress.search import run_search
 from raycompress.structure import analyze, slim
 from raycompress.targets import config_list
 from raycompress.testing import PrunerContract, ToyTask, toy_problem

@@ -6,10 +6,11 @@ from typing import ClassVar
 
 import torch
 
+from raycompress.candidate import Training
 from raycompress.criteria import L2
 from raycompress.pruning import SoftFilter
 from raycompress.pruning.soft import zeroed
-from raycompress.search import Training, run_search
+from raycompress.search import run_search
 from raycompress.testing import PrunerContract, toy_problem
 
 

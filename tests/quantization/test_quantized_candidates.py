@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from raycompress.candidate import Candidate, Ranking, Training, digest_of
 from raycompress.dfe import Prices
 from raycompress.ledger import Ledger, read_ledger
 from raycompress.local import LocalExecutor
@@ -19,7 +20,7 @@ from raycompress.quantization import BNN, LSQ, QAT, DoReFa, NaiveQuantizer, Quan
 from raycompress.quantization.layers import quantized_layers
 from raycompress.quantization.quantizer import Bits
 from raycompress.reconstruction import Reconstruction
-from raycompress.search import Candidate, Probes, Race, Ranking, Training, answer, digest_of
+from raycompress.search import Probes, Race, answer
 from raycompress.structure import analyze, slim
 from raycompress.testing import ToyTask, toy_problem
 from raycompress.units import Evaluation, HostInfo

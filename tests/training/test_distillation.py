@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from raycompress.candidate import Candidate, Training
 from raycompress.errors import TaskError
-from raycompress.search import Candidate, Training
 from raycompress.testing import ToyTask, toy_problem
 from raycompress.training import Distillation
 from raycompress.training.distillation import distillation_loss
