@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
 
+from raycompress.distributed import slots
 from raycompress.distributed.slots import OnNode
+from raycompress.storage import write_whole
 
 
 class LentReplica(OnNode):
@@ -39,3 +44,27 @@ class LentReplica(OnNode):
             "asked": self.asked_for_gpu,
             "shared": [permissions[3] == "s" for permissions in places],
         }
+
+
+def run_lent_trial(
+    payload: Mapping[str, Any],
+    make_pool: Callable[..., Any],
+    report: Callable[[int, Mapping[str, float]], None],
+    shared: Any,
+) -> None:
+    """Leaves what its replicas were lent, while all of a job's trials hold theirs."""
+    slots.OnNode = LentReplica  # type: ignore[misc]
+    folder, own = Path(payload["folder"]), f"{payload['name']}.lent"
+    with make_pool() as pool:
+        lent = [each["gpus"] for each in ray.get([r.probe.remote([]) for r in pool.replicas])]
+        write_whole(folder / own, json.dumps(lent).encode())
+        end = time.monotonic() + 120
+        while len(list(folder.glob("*.lent"))) < payload["num_trials"]:
+            assert time.monotonic() < end, "the other trials never ran beside it"
+            time.sleep(0.05)
+
+
+def lent_to(payload: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a trial left."""
+    path = Path(payload["folder"]) / f"{payload['name']}.lent"
+    return {"gpus": json.loads(path.read_text())} if path.exists() else None

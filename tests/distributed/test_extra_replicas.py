@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import ray
@@ -16,6 +16,7 @@ from raycompress.config import ClusterConfig
 from raycompress.distributed import extras
 from raycompress.distributed.pool import ReplicaPool
 from raycompress.ledger import Ledger, read_ledger
+from raycompress.search import Search, run_search
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -43,12 +44,19 @@ def test_extra_replicas_come_with_a_node_and_go_when_asked_and_with_it(
 ) -> None:
     monkeypatch.setattr(extras, "REST_SECONDS", 4.0)
 
-    def step(number: int) -> list[Candidate]:
-        """Six candidates that no other step has."""
-        return [toy.candidate(10 + i, recalibrate=1 + number) for i in range(6)]
+    def search(lasts: Callable[[int], bool]) -> Search:
+        """Six new candidates a step, around the best so far, which wins."""
+        best, number = Trial(toy.candidate(10)), 0
+        while lasts(number):
+            start = max(best.candidate.counts["conv3"] - 3, 1)
+            number += 1
+            trials = yield [toy.candidate(start + i, recalibrate=number) for i in range(6)]
+            best = min([best, *trials], key=lambda trial: trial.loss)
+        return best.candidate
 
     spec = toy.spec("ray_tasks:SignallingTask", folder=str(toy.folder), each=0.25)
-    found: list[Trial] = []
+    found: list[Sequence[Trial]] = []
+    winners: list[Candidate] = []
     errors: list[BaseException] = []
     with (
         Ledger(toy.folder / "ledger", "a") as ledger,
@@ -59,16 +67,14 @@ def test_extra_replicas_come_with_a_node_and_go_when_asked_and_with_it(
         pool.publish(toy.ranking)
         ended = threading.Event()
 
-        def search() -> None:
+        def run() -> None:
+            own = search(lambda number: not ended.is_set())
             try:
-                for number in range(1000):
-                    found.extend(pool.evaluate(step(number)))
-                    if ended.is_set():
-                        return
+                winners.append(run_search(own, pool, lambda _, trials: found.append(trials)))
             except BaseException as error:
                 errors.append(error)
 
-        thread = threading.Thread(target=search)
+        thread = threading.Thread(target=run)
         thread.start()
         try:
             until(lambda: bool(found))
@@ -89,9 +95,15 @@ def test_extra_replicas_come_with_a_node_and_go_when_asked_and_with_it(
             ended.set()
             thread.join(300)
     assert not errors and not thread.is_alive()
-    expected = toy.local().evaluate([each for n in range(len(found) // 6) for each in step(n)])
-    assert [(t.candidate, t.shards) for t in found] == [(t.candidate, t.shards) for t in expected]
-    assert all(trial.shards for trial in found)
+    # As many steps in one process: each step's candidates hang on the scores before it.
+    expected: list[Sequence[Trial]] = []
+    alone = search(lambda number: number < len(found))
+    winner = run_search(alone, toy.local(), lambda _, trials: expected.append(trials))
+    assert winners == [winner]
+    assert [[(t.candidate, t.shards) for t in step] for step in found] == [
+        [(t.candidate, t.shards) for t in step] for step in expected
+    ]
+    assert all(trial.shards for step in found for trial in step)
     # A pool without them says the same of itself: extra ones did work.
     records = read_ledger(toy.folder / "ledger")
     assert len({record["worker"] for record in records}) >= 3
