@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
-from scipy.stats import t as student_t
+import scipy  # its parts load when they are used first: replicas need none
 
 from raycompress.candidate import Candidate, Ranking, Trial
 from raycompress.errors import EvaluationError
@@ -104,7 +104,7 @@ def worse(mine: Sequence[float], rival: Sequence[float], margin: float, confiden
     differences = [a - b - margin for a, b in zip(mine, rival, strict=True)]
     mean, num = statistics.fmean(differences), len(differences)
     error = statistics.stdev(differences) / math.sqrt(num)
-    return mean > float(student_t.ppf(confidence, num - 1)) * error and mean > 0
+    return mean > float(scipy.special.stdtrit(num - 1, confidence)) * error and mean > 0
 
 
 def _joined(before: Trial, answer: Trial, *, first: bool) -> Trial:

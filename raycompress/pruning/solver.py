@@ -19,9 +19,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import scipy  # its parts load when they are used first: replicas need none
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import coo_array
 
 from raycompress.errors import BudgetError
 
@@ -130,13 +129,13 @@ def solve(
             row[tables[pair] : tables[pair] + table.size] = table.ravel()
         scale = max(abs(cost.constant), abs(limit), 1e-300)
         bound = (limit - cost.constant) / scale
-        constraints.append(LinearConstraint(row[None] / scale, -np.inf, bound))
+        constraints.append(scipy.optimize.LinearConstraint(row[None] / scale, -np.inf, bound))
     integrality = np.zeros(size)
     integrality[:num_binaries] = 1
-    answer = milp(
+    answer = scipy.optimize.milp(
         objective,
         integrality=integrality,
-        bounds=Bounds(0, 1),
+        bounds=scipy.optimize.Bounds(0, 1),
         constraints=constraints,
         options={"node_limit": MAX_NODES, "mip_rel_gap": 1e-6},
     )
@@ -153,7 +152,7 @@ def _choices(
     first: Mapping[str, int],
     tables: Mapping[tuple[str, str], int],
     size: int,
-) -> LinearConstraint:
+) -> scipy.optimize.LinearConstraint:
     """One level for each group, and pairs of levels that agree with both groups' choices."""
     rows: list[int] = []
     columns: list[int] = []
@@ -176,5 +175,5 @@ def _choices(
             add(table[i].tolist(), [first[one] + i], 0.0)
         for j in range(len(losses[other])):
             add(table[:, j].tolist(), [first[other] + j], 0.0)
-    matrix = coo_array((entries, (rows, columns)), shape=(len(right), size)).tocsc()
-    return LinearConstraint(matrix, right, right)
+    matrix = scipy.sparse.coo_array((entries, (rows, columns)), shape=(len(right), size)).tocsc()
+    return scipy.optimize.LinearConstraint(matrix, right, right)

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import scipy  # its parts load when they are used first: replicas need none
 from numpy.typing import NDArray
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 
 from raycompress.structure.labels import LabelSpace
 
@@ -74,9 +73,11 @@ def _components(count: int, edges: list[_Edges]) -> Ids:
     b = np.concatenate([e[1] for e in edges])
     real = (a != 0) & (b != 0)  # 0 isn't a label: what is united with it is frozen, not joined
     a, b = a[real], b[real]
-    graph = coo_matrix((np.ones(len(a), dtype=np.int8), (a, b)), shape=(count, count))
+    ones = np.ones(len(a), dtype=np.int8)
+    graph = scipy.sparse.coo_matrix((ones, (a, b)), shape=(count, count))
     # Root 0 must stay the class of "not prunable" alone.
-    return np.asarray(connected_components(graph, directed=False)[1], dtype=np.int64)
+    _, classes = scipy.sparse.csgraph.connected_components(graph, directed=False)
+    return np.asarray(classes, dtype=np.int64)
 
 
 def _derived(space: LabelSpace, root: Ids) -> Iterator[_Edges]:

@@ -24,9 +24,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import scipy  # its parts load when they are used first: replicas need none
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import nnls
 from torch import nn
 
 from raycompress.errors import StructureError
@@ -331,7 +331,7 @@ def _rates(costs: Floats, times: Floats) -> Floats:
     """Non-negative rates for 1, bytes and multiply-adds with the smallest relative squares."""
     units = np.maximum(costs.max(axis=0), 1e-9)
     weights = 1 / np.maximum(times, 1e-3)
-    found, _ = nnls(costs / units * weights[:, None], times * weights)
+    found, _ = scipy.optimize.nnls(costs / units * weights[:, None], times * weights)
     return np.asarray(found / units)
 
 
