@@ -339,7 +339,7 @@ def ui(
     """Open MLflow's UI for a job's results, on this machine alone."""
 
     def action() -> None:
-        from raycompress.tracking.mlflow import ui_command
+        from raycompress.tracking.ui import ui_command
 
         command, environment = ui_command(output.expanduser().absolute(), port)
         print(f"http://127.0.0.1:{port}  (Ctrl-C ends it)", flush=True)

@@ -5,17 +5,13 @@ Light on purpose: reading a summary back and rendering it needs neither torch, R
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import json
 import math
-import types
-import typing
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from raycompress.pareto import Point
+from raycompress.typed_data import from_data, to_data
 
 __all__ = [
     "Curve",
@@ -384,7 +380,7 @@ class JobResult:
 
     def to_json(self) -> str:
         """Indented JSON, strictly standard: numbers that JSON lacks are "inf", "-inf" or "nan"."""
-        content = {"format": FORMAT, **_plain(self)}
+        content = {"format": FORMAT, **to_data(self)}
         return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
     @staticmethod
@@ -401,52 +397,4 @@ class JobResult:
                 f"not a summary that this version of raycompress reads (format {found}, "
                 f"expected {FORMAT})"
             )
-        result = _typed(JobResult, content)
-        assert isinstance(result, JobResult)
-        return result
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value
-
-
-@functools.cache
-def _hints(kind: type) -> Mapping[str, Any]:
-    return typing.get_type_hints(kind)
-
-
-def _typed(kind: Any, value: Any) -> Any:
-    """JSON data as the annotated type: dataclasses, tuples, optional values, scalars."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise ValueError(f"expected an object for {kind}, got {value!r}")
-        hints = _hints(typing.cast(type, kind))
-        unknown = set(value) - set(hints)
-        if unknown:
-            raise ValueError(f"unknown keys in the summary: {', '.join(sorted(unknown))}")
-        try:
-            return typing.cast(type, kind)(**{k: _typed(hints[k], v) for k, v in value.items()})
-        except TypeError as error:
-            raise ValueError(f"incomplete summary: {error}") from error
-    if origin is tuple:
-        if len(arguments) == 2 and arguments[1] is Ellipsis:
-            return tuple(_typed(arguments[0], item) for item in value)
-        return tuple(_typed(item_kind, v) for item_kind, v in zip(arguments, value, strict=True))
-    if origin is dict:
-        return {name: _typed(arguments[1], item) for name, item in value.items()}
-    if origin in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        return _typed(next(a for a in arguments if a is not type(None)), value)
-    if kind is float:
-        return float(value)
-    return value
+        return from_data(JobResult, content)

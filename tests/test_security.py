@@ -238,7 +238,7 @@ def test_what_a_tracking_store_gives_back_is_never_loaded(tmp_path, monkeypatch)
 
 
 def test_servers_that_we_start_listen_on_loopback(tmp_path):
-    from raycompress.tracking.mlflow import ui_command
+    from raycompress.tracking.ui import ui_command
 
     (tmp_path / "mlflow.db").touch()
     command, _ = ui_command(tmp_path, 5000)

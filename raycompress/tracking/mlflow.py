@@ -1,4 +1,4 @@
-"""MLflow behind the tracker contract; the only module that imports mlflow.
+"""MLflow behind the tracker contract; only the modules beside it import mlflow too.
 
 An explicit client and no "active run", so that two jobs in one process don't disturb each other.
 """
@@ -12,12 +12,11 @@ import os
 import posixpath
 import re
 import sqlite3
-import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -26,35 +25,21 @@ os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # stdou
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 import mlflow
-import mlflow.pytorch
-import sqlalchemy
-import torch
 from mlflow.entities import LoggedModelOutput, Metric, Param
 from mlflow.exceptions import MlflowException
-from torch import Tensor, nn
+from torch import nn
 
-from raycompress.artifacts.export import Inputs, compare, first_line, portable
-from raycompress.errors import RaycompressError, TrackingError, VerificationError
+from raycompress.artifacts.export import portable
+from raycompress.errors import TrackingError, VerificationError
 from raycompress.storage import Place
-from raycompress.tracking.address import artifact_place, check, masked, masked_uri
-from raycompress.tracking.base import Point, Refused, Status
+from raycompress.tracking.address import artifact_place, check, masked_uri
+from raycompress.tracking.base import Point, Status
+from raycompress.tracking.mlflow_store import guard, impatient, try_database
 from raycompress.weights import Weights, digest_of_state
 
-__all__ = ["MlflowTracker", "ui_command"]
+__all__ = ["MlflowTracker"]
 
 WEIGHTS_TAG = "raycompress.weights"
-REFUSALS = (
-    "BAD_REQUEST",
-    "CUSTOMER_UNAUTHORIZED",
-    "INVALID_PARAMETER_VALUE",
-    "INVALID_STATE",
-    "PERMISSION_DENIED",
-    "RESOURCE_ALREADY_EXISTS",
-    "RESOURCE_DOES_NOT_EXIST",
-    "UNAUTHENTICATED",
-)
-"""MLflow's codes for what it would answer again."""
-
 for _name in ("mlflow", "alembic"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
@@ -99,8 +84,8 @@ class MlflowTracker:
         address = uri if uri is not None else f"sqlite:///{output}/mlflow.db"
         name = experiment if experiment is not None else job_name
         check(address)
-        with _guard(address), _impatient({"MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}):
-            _try_database(address)
+        with guard(address), impatient({"MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}):
+            try_database(address)
             client = mlflow.MlflowClient(tracking_uri=address, registry_uri=address)
             found = client.get_experiment_by_name(name)
             if found is not None and found.lifecycle_stage != "active":
@@ -134,7 +119,7 @@ class MlflowTracker:
                 "raycompress.trial": name,
                 "mlflow.parentRunId": self._run_id,
             }
-            with _guard(self._uri):
+            with guard(self._uri):
                 run_id, old = _find_or_make(self._client, self._experiment, name, tags, None)
             self._children[name] = MlflowTracker(
                 self._client, self._uri, self._experiment, run_id, self._key, continued=old
@@ -143,7 +128,7 @@ class MlflowTracker:
 
     def log_params(self, params: Mapping[str, str | int | float | bool | None]) -> None:
         """Settings; a value that the run has already stays."""
-        with _guard(self._uri):
+        with guard(self._uri):
             known = self._client.get_run(self._run_id).data.params
             new = [
                 Param(_clean(name), str(value)[:6000])
@@ -158,7 +143,7 @@ class MlflowTracker:
         if step is not None:
             self.log_curve([(step, time.time(), metrics)])
             return
-        with _guard(self._uri):
+        with guard(self._uri):
             known = self._client.get_run(self._run_id).data.metrics if self._continued else {}
             self._log(
                 [
@@ -171,7 +156,7 @@ class MlflowTracker:
     def log_curve(self, points: Sequence[Point]) -> None:
         """Steps of finite figures; those that the run holds already are left out."""
         try:
-            with _guard(self._uri):
+            with guard(self._uri):
                 new = [m for point in points for m in _metrics(*point)]
                 self._log([m for m in new if m.step > self._last_step(m.key)])
         except TrackingError:
@@ -193,12 +178,12 @@ class MlflowTracker:
     def log_artifact(self, path: Path, folder: str = "") -> None:
         """A file or a folder of files."""
         log = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
-        with _guard(self._uri):
+        with guard(self._uri):
             log(self._run_id, str(path), folder or None)
 
     def describe(self, text: str) -> None:
         """Shown on the run's page."""
-        with _guard(self._uri):
+        with guard(self._uri):
             self._client.set_tag(self._run_id, "mlflow.note.content", text[:5000])
 
     def log_model(
@@ -212,25 +197,21 @@ class MlflowTracker:
             RaycompressError: torch.export can't export the model.
             VerificationError: What is loaded isn't what was kept.
         """
-        for value in example_inputs:
-            if not isinstance(value, Tensor) or not value.dim():
-                raise RaycompressError(
-                    "MLflow keeps only models whose inputs are all tensors of examples, got "
-                    f"{type(value).__name__}"
-                )
-        model, inputs = portable(model), Inputs.of(example_inputs)
-        # torch takes a size of 0 or 1 for a constant.
-        inputs = inputs.resized(max(2, inputs.batch or 0))
+        from raycompress.tracking.mlflow_torch import check_inputs, save_torch_model
+
+        check_inputs(example_inputs)
+        model = portable(model)
         # Class and weights, by which a model that was kept before is found.
         weights = digest_of_state(Weights(model.state_dict(), {}))
         weights = f"{type(model).__qualname__}:{weights}"
-
-        def save(own: Path, model_id: str) -> None:
-            _save(model, inputs, own, self._run_id, model_id)
-            compare(model, mlflow.pytorch.load_model(str(own)), inputs, dynamic_batch=True)
-
-        with _guard(self._uri):
-            model_id = self._kept(weights) or self._keep("model", weights, save)
+        with guard(self._uri):
+            model_id = self._kept(weights) or self._keep(
+                "model",
+                weights,
+                lambda own, own_id: save_torch_model(
+                    model, example_inputs, own, self._run_id, own_id
+                ),
+            )
             if registered_name is not None:
                 self._register(model_id, registered_name)
         return f"models:/{model_id}"
@@ -250,7 +231,7 @@ class MlflowTracker:
         from raycompress.tracking.mlflow_onnx import save_onnx_model
 
         tag = f"onnx:{weights}"
-        with _guard(self._uri):
+        with guard(self._uri):
             model_id = self._kept(tag) or self._keep(
                 "quantized",
                 tag,
@@ -314,7 +295,7 @@ class MlflowTracker:
         for child in self._children.values():
             if child._open:
                 child.finish(status)
-        with _guard(self._uri):
+        with guard(self._uri):
             self._client.set_terminated(self._run_id, status)
         self._open = False
 
@@ -338,83 +319,6 @@ def _check_same(own: Path, back: Path) -> None:
             )
 
 
-def _save(model: nn.Module, inputs: Inputs, folder: Path, run_id: str, model_id: str) -> None:
-    import mlflow.models
-    import mlflow.pytorch
-    from mlflow.types import Schema, TensorSpec
-
-    def schema(values: list[Tensor] | tuple[Tensor, ...]) -> Any:
-        names = [None] if len(values) == 1 else [str(i) for i in range(len(values))]
-        return Schema(
-            [
-                TensorSpec(v.numpy().dtype, (-1, *v.shape[1:]), name)
-                for v, name in zip(values, names, strict=True)
-            ]
-        )
-
-    args, outputs = inputs.args, inputs.call(model)
-    described = bool(outputs) and all(o.dim() and o.dtype != torch.bfloat16 for o in outputs)
-    try:
-        mlflow.pytorch.save_model(
-            model,
-            str(folder),
-            mlflow_model=mlflow.models.Model(run_id=run_id, model_id=model_id),
-            signature=mlflow.models.ModelSignature(
-                schema(args), schema(outputs) if described else None
-            ),
-            input_example=args[0].numpy() if len(args) == 1 else args,
-            pip_requirements=[
-                f"torch=={torch.__version__.split('+')[0]}",
-                f"mlflow=={mlflow.__version__}",
-            ],
-            serialization_format="pt2",
-        )
-    except MlflowException:
-        raise
-    except Exception as error:  # torch.export raises whatever the model's own code raises
-        raise RaycompressError(
-            f"torch.export can't export {type(model).__name__}, so that MLflow can't keep it: "
-            f"{type(error).__name__}: {first_line(error)}"
-        ) from error
-
-
-@contextmanager
-def _guard(uri: str) -> Iterator[None]:
-    """Turns what goes wrong in the store into a TrackingError that shows no password."""
-    try:
-        with _impatient({"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}):
-            yield
-    except ImportError as error:
-        raise TrackingError(
-            f"MLflow at {masked_uri(uri)} needs a package that isn't installed: {error}"
-        ) from error
-    except (MlflowException, sqlalchemy.exc.SQLAlchemyError, OSError) as error:
-        refused = getattr(error, "error_code", None) in REFUSALS
-        raise (Refused if refused else TrackingError)(
-            f"MLflow at {masked_uri(uri)} can't be used: {masked(str(error), uri)}"
-        ) from None
-
-
-@contextmanager
-def _impatient(settings: Mapping[str, str]) -> Iterator[None]:
-    """Sets MLflow's variables where the user didn't: its own retries take minutes."""
-    ours = {name: value for name, value in settings.items() if name not in os.environ}
-    os.environ.update(ours)
-    try:
-        yield
-    finally:
-        for name in ours:
-            os.environ.pop(name, None)
-
-
-def _try_database(uri: str) -> None:
-    """Connects once; MLflow itself would try ten times, over minutes."""
-    if uri.split(":")[0].split("+")[0] in ("postgresql", "mysql", "mssql"):
-        engine = sqlalchemy.create_engine(uri)
-        engine.connect().close()
-        engine.dispose()
-
-
 def _find_or_make(
     client: Any, experiment: str, name: str, tags: Mapping[str, str], without: str | None
 ) -> tuple[str, bool]:
@@ -435,18 +339,3 @@ def _clean(name: str) -> str:
     if len(clean) > 250:
         clean = f"{clean[:240]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
     return clean
-
-
-def ui_command(output: Path, port: int = 5000) -> tuple[list[str], dict[str, str]]:
-    """The command that opens MLflow's UI on loopback for an output folder, and its environment."""
-    database = output / "mlflow.db"
-    if not database.exists():
-        raise TrackingError(
-            f"{output} holds no MLflow store; it isn't the output of a job, or the job keeps its "
-            "results elsewhere (tracking.uri)"
-        )
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{database}"]
-    command += ["--default-artifact-root", (output / "artifacts").as_uri()]
-    return command, {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}

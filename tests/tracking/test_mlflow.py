@@ -14,7 +14,8 @@ import raycompress
 from raycompress.errors import RaycompressError, TrackingError, VerificationError
 from raycompress.testing import ToyNet
 from raycompress.tracking.address import check, masked_uri
-from raycompress.tracking.mlflow import MlflowTracker, ui_command
+from raycompress.tracking.mlflow import MlflowTracker
+from raycompress.tracking.ui import ui_command
 
 EXAMPLE = (torch.randn(2, 2, 6, 6, generator=torch.Generator().manual_seed(0)),)
 

@@ -19,7 +19,7 @@ from raycompress.errors import TrackingError
 from raycompress.ledger import read_ledger
 from raycompress.results import JobResult
 from raycompress.tracking.address import check
-from raycompress.tracking.mlflow import ui_command
+from raycompress.tracking.ui import ui_command
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 ROOT = Path(__file__).parent.parent.parent
