@@ -11,10 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from raycompress.backend import Backend, LocalBackend
 from raycompress.config import JobConfig
 from raycompress.errors import InterruptedJob, TrackingError
 from raycompress.executor import LedgerExecutor
-from raycompress.job import Backend, LocalBackend, run_job
+from raycompress.job import run_job
 from raycompress.ledger import Ledger, scan_ledger
 from raycompress.loading import job_key, load_job, parse_job
 from raycompress.output import check_changes, keep_job, lock

@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from raycompress.artifacts import save
+from raycompress.backend import Backend
 from raycompress.candidate import Candidate, Training
 from raycompress.config import JobConfig
 from raycompress.driver import backend_of, terminable, validate
@@ -23,7 +24,6 @@ from raycompress.errors import (
 )
 from raycompress.finish import reconstructed, recovery
 from raycompress.identity import data_digest, structure_digest, task_digest
-from raycompress.job import Backend
 from raycompress.ledger import Ledger
 from raycompress.loading import load_source
 from raycompress.measured import Finished, final_model, finish_candidate, measure_dense
