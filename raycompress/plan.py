@@ -226,7 +226,7 @@ def prepare(config: JobConfig) -> Plan:
     if config.recover is not None and config.recover.distill is not None:
         _check_features(model, config.recover.distill.features)
     for trial in plan.checked:
-        check_found_bits(plan.quantize, trial.pruner)
+        check_found_bits(plan.quantize, trial.pruner, problem)
         check_trial(plan, trial, _Free())
     return plan
 

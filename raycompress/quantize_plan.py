@@ -12,7 +12,7 @@ from raycompress.candidate import Training
 from raycompress.config import JobConfig, TrainingConfig
 from raycompress.errors import ConfigError
 from raycompress.loading import build_quantizer
-from raycompress.pruning.pruner import Pruner
+from raycompress.pruning.pruner import Problem, Pruner
 from raycompress.quantization import Bits, Quantization, Quantizer, choices_of
 from raycompress.quantization.lowering import lowering
 from raycompress.quantization.quantize import float_layers
@@ -97,9 +97,10 @@ def plan_quantize(config: JobConfig, model: nn.Module, task: Task) -> QuantizePl
     return QuantizePlan(how=how, section=section, floats=tuple(float_layers(model)))
 
 
-def check_found_bits(plan: QuantizePlan | None, pruner: Pruner) -> None:
+def check_found_bits(plan: QuantizePlan | None, pruner: Pruner, problem: Problem) -> None:
     """Raises a ConfigError where a job couldn't do what a pruner that finds bits is for."""
-    if not pruner.finds_bits:
+    bits = pruner.may_find(problem)
+    if not bits:
         return
     name = type(pruner).__name__
     if plan is None:
@@ -114,6 +115,13 @@ def check_found_bits(plan: QuantizePlan | None, pruner: Pruner) -> None:
             f"quantize.lower: {plan.section.lower} computes in 8 bits, and {name} finds fewer; "
             "lower: packed stores any number of bits, and runs in simulation"
         )
+    for found in bits:
+        try:
+            plan.with_bits(found).prepare(copy.deepcopy(problem.model))
+        except ConfigError as error:
+            raise ConfigError(
+                f"quantize.type: {plan.name} lacks bits that {name} may find: {error}"
+            ) from error
 
 
 def _check_training(quantizer: Quantizer, training: TrainingConfig | None) -> None:

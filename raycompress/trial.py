@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -222,9 +222,14 @@ def run_trial(
         winner = _as_trained(winner, judged)
         if "train" in payload:
             training = Training(**payload["train"], seed=problem.seed)
-            judged = _judged(pool, winner.with_training(training))
+            # As in the job: trained in float, then it has the bits that were found.
+            judged = _judged(pool, replace(winner, quantize=None, training=training))
+            winner = replace(winner.trained(judged.trained()), quantize=winner.quantize)
+            if winner.quantize is not None:
+                spent += judged.dfe
+                points.add(len(curve), [judged])
+                judged = _judged(pool, winner)
             on_step(len(curve), [judged])
-            winner = _as_trained(winner, judged)
         point = pricer.point(judged)
         assert point is not None  # it was judged
         result = {
@@ -261,9 +266,7 @@ def _judged(pool: LedgerExecutor, winner: Candidate) -> Trial:
 
 def _as_trained(winner: Candidate, judged: Trial) -> Candidate:
     """What was trained is the winner, not the training."""
-    if judged.weights is None:
-        return winner
-    return winner.trained(judged.weights)
+    return winner if judged.weights is None else winner.trained(judged.weights)
 
 
 def _within(problem: Problem, pricer: Pricer, trial: Trial) -> bool:

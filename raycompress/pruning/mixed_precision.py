@@ -16,7 +16,7 @@ import math
 import random
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -72,8 +72,6 @@ class MixedPrecision(Pruner):
     batches: int = 8
     neighbours: int = 3
     perturbation: float = 0.5
-
-    finds_bits: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         name = "MixedPrecision"
@@ -143,6 +141,11 @@ class MixedPrecision(Pruner):
         if not alive:
             raise EvaluationError(f"every allocation of bits failed: {trials[0].failure}")
         return min(alive, key=self._energy).candidate
+
+    def may_find(self, problem: Problem) -> Sequence[Quantization]:
+        """Every choice of bits, given to all layers."""
+        layers = BitCosts.of(problem).layers
+        return [self._quantization(dict.fromkeys(layers, each)) for each in self._choices()]
 
     def shared(self, problem: Problem) -> Generator[Asked, list[Trial], None]:
         """The pruner's own, and all probes."""

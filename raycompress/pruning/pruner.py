@@ -20,6 +20,7 @@ from raycompress.errors import ConfigError, EvaluationError
 from raycompress.local import LocalExecutor
 from raycompress.masks import Masks, prune_order
 from raycompress.pruning.tied import own_weights
+from raycompress.quantization.quantizer import Quantization
 from raycompress.search import Asked, Executor, Search, run_search
 from raycompress.structure import Structure, analyze, expand
 from raycompress.targets import (
@@ -184,8 +185,6 @@ class Pruner(ABC):
 
     understands: ClassVar[tuple[str, ...]] = ()
     """Keys of targets that it honours beyond their sparsity; others are refused."""
-    finds_bits: ClassVar[bool] = False
-    """Whether its winner is quantized; a job's `quantize` then trains and stores these bits."""
 
     @abstractmethod
     def search(self, problem: Problem) -> Search:
@@ -197,6 +196,14 @@ class Pruner(ABC):
         A job asks it once, before its trials; their searches then get the answers from the ledger.
         """
         yield from ()
+
+    def may_find(self, problem: Problem) -> Sequence[Quantization]:
+        """Quantizations that together have all bits its winner may have; none: it has none.
+
+        Where there are some, a job's `quantize` trains and stores the model with what is found.
+        """
+        del problem
+        return ()
 
     def check(self, problem: Problem) -> None:
         """Raises an InputError if this problem can't be solved; called before anything starts.

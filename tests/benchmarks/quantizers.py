@@ -123,16 +123,24 @@ ENTRIES = [
         epochs=TRAINED,
         full=True,
     ),
-    Entry("LSQ W4A4", {"type": f"{OWN}.lsq:LSQ"}, epochs=TRAINED),
+    Entry("LSQ W4A4", {"type": f"{OWN}.lsq:LSQ"}, epochs=TRAINED, full=True),
     Entry(
         "LSQ W2A2",
         {"type": f"{OWN}.lsq:LSQ", "weight_bits": 2, "activation_bits": 2},
         epochs=TRAINED,
     ),
-    Entry("DoReFa (1, 2, 32)", {"type": f"{OWN}.dorefa:DoReFa"}, epochs=TRAINED),
+    Entry("DoReFa (1, 2, 32)", {"type": f"{OWN}.dorefa:DoReFa"}, epochs=TRAINED, full=True),
     Entry("DoReFa (1, 2, 6)", {"type": f"{OWN}.dorefa:DoReFa", "gradient_bits": 6}, epochs=TRAINED),
-    Entry("fp32, Hardtanh net", None, model="hardtanh"),
-    Entry("BNN", {"type": f"{OWN}.bnn:BNN"}, model="hardtanh", epochs=TRAINED, lr=0.005, adam=True),
+    Entry("fp32, Hardtanh net", None, model="hardtanh", full=True),
+    Entry(
+        "BNN",
+        {"type": f"{OWN}.bnn:BNN"},
+        model="hardtanh",
+        epochs=TRAINED,
+        lr=0.005,
+        adam=True,
+        full=True,
+    ),
 ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -18,14 +18,14 @@ from torch import nn
 from raycompress.candidate import Candidate, Training
 from raycompress.driver import run
 from raycompress.errors import BudgetError, ConfigError, InputError
-from raycompress.ledger import Ledger
+from raycompress.ledger import Ledger, read_ledger
 from raycompress.loading import parse_job
 from raycompress.local import LocalExecutor
 from raycompress.plan import prepare
 from raycompress.pruning import CurveSolver, MixedPrecision
 from raycompress.pruning.bit_costs import BitCosts, LayerSize
 from raycompress.pruning.mixed_precision import allocate
-from raycompress.quantization import PTQ, QAT, Quantization
+from raycompress.quantization import PTQ, QAT, NaiveQuantizer, Quantization
 from raycompress.quantization.lowering.packed import save_packed
 from raycompress.quantization.quantizer import Bits
 from raycompress.quantize_plan import check_found_bits
@@ -325,6 +325,17 @@ JOB = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class NoFour(NaiveQuantizer):
+    """Inputs have 8 bits; four are refused in the last layer."""
+
+    parts: ClassVar = ("weight", "input")
+
+    def prepare(self, model, choices):
+        if any(name == "fc" and bits.input == 4 for name, bits in choices.items()):
+            raise ConfigError("no 4 bits of fc")
+
+
 def _plan(tmp_path, **changed):
     keys = {**JOB, **changed, "output": str(tmp_path)}
     return prepare(parse_job({key: value for key, value in keys.items() if value is not None}))
@@ -343,6 +354,22 @@ def _plan(tmp_path, **changed):
                 }
             },
             "quantize.config_list must be left out: MixedPrecision finds the bits",
+        ),
+        (
+            {"quantize": {"type": "Naive", "lower": "none"}},
+            "quantize.type: NaiveQuantizer lacks bits that MixedPrecision may find: "
+            "NaiveQuantizer quantizes no input, got 8 bits: conv1",
+        ),
+        (
+            {"quantize": {"type": "BNN", "lower": "none", "training": {"epochs": 1.0}}},
+            "quantize.type: BNN lacks bits that MixedPrecision may find: BNN has one bit",
+        ),
+        (
+            {
+                "pruners": [{"type": "MixedPrecision", "size": PERCENT, "input_bits": [8, 4]}],
+                "quantize": {"type": f"{__name__}:NoFour", "lower": "none"},
+            },
+            "quantize.type: NoFour lacks bits that MixedPrecision may find: no 4 bits of fc",
         ),
         ({"budgets": [{"macs": "50%"}]}, "without a pruner keeps all channels"),
         ({"pruners": [{"type": "MixedPrecision", "size": "3%"}]}, "size 3% can't be reached"),
@@ -366,9 +393,10 @@ def test_a_job_trains_with_the_bits_that_were_found(tmp_path):
     }
     assert plan.quantize.with_bits(None) == plan.quantize.how
     onnx = replace(plan.quantize, section=replace(plan.quantize.section, lower="onnx"))
+    problem, _ = toy_problem(str(tmp_path / "w"))
     with pytest.raises(ConfigError, match="onnx computes in 8 bits, and MixedPrecision finds"):
-        check_found_bits(onnx, MixedPrecision(size=PERCENT))
-    check_found_bits(onnx, CurveSolver())
+        check_found_bits(onnx, MixedPrecision(size=PERCENT), problem)
+    check_found_bits(onnx, CurveSolver(), problem)
 
 
 def test_one_job_prunes_finds_bits_trains_and_stores_them(tmp_path):
@@ -389,3 +417,49 @@ def test_one_job_prunes_finds_bits_trains_and_stores_them(tmp_path):
     assert {bits.norm for _, bits in how.choices} == {"bn1", "bn2", "bn3", ""}
     bits = {bits.weight for _, bits in how.choices}
     assert bits <= {8, 4, 2} and bits != {8}  # not what QAT alone would choose
+
+
+def test_samples_are_trained_in_float_and_judged_with_their_bits(tmp_path):
+    job = {
+        **JOB,
+        "model": {"pretrain": {"epochs": 1.0}},
+        "pruners": [{"type": "MixedPrecision", "size": {"choice": ["20%", "26%"]}}],
+        "tune": {"searcher": "grid", "train": {"epochs": 2.0}},
+        "latency": {"batch_sizes": [1], "repeats": 1},
+        "output": str(tmp_path),
+    }
+    result = run(job)
+    records = read_ledger(tmp_path / "ledger")
+    (trial,) = result.trials
+    small, large = (
+        json.loads(p.read_text()) for p in sorted(tmp_path.glob("trials/*/result.json"))
+    )
+    for found in (small, large):
+        *searched, last = found["curve"]
+        winner = Candidate.from_key(found["winner"])
+        bits = {bits.weight for _, bits in winner.quantize.choices}
+        assert bits <= {2, 4, 8} and bits != {8} and winner.training is None
+        (trained,) = (
+            r
+            for r in records
+            if r["weights"] == winner.weights and r["candidate"]["training"]["epochs"] == 2.0
+        )
+        assert "quantize" not in trained["candidate"]
+        (judged,) = (
+            r
+            for r in records
+            if r["kind"] == "evaluation"
+            and r["split"] == "validation"
+            and r["candidate"] == winner.key()
+        )
+        num, score = (sum(shard[i] for shard in judged["shards"]) for i in (0, 1))
+        assert last["score"] == score / num == found["score"]
+        assert last["loss"] < searched[-1]["loss"]
+        assert last["dfe"] - searched[-1]["dfe"] > trained["dfe"] > 0
+    best = max((small, large), key=lambda found: found["score"])
+    assert trial.name == best["name"]
+    assert [row.name for row in trial.rows] == ["dense", "masked", "quantized"]
+    stored = WeightStore(tmp_path / "weights").get(trial.quantized.weights)
+    kept = dict(Quantization.from_key(stored.quantization).choices)
+    for layer, bits in Candidate.from_key(best["winner"]).quantize.choices:
+        assert (kept[layer].weight, kept[layer].input) == (bits.weight, bits.input)
