@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from raycompress.config import JobConfig
 from raycompress.errors import ConfigError, InputError
@@ -16,10 +19,11 @@ from raycompress.hiding import hidden
 from raycompress.lease import lease, refusal, this_process
 from raycompress.loading import NOT_RESULTS, build_pruner, parse_job
 from raycompress.source import Source, plain, to_yaml
-from raycompress.storage import ObjectPath, Place, write_whole
+from raycompress.storage import ObjectPath, Place, place_of, write_whole
+from raycompress.tracking.address import masked_uri
 from raycompress.wording import KeyPath, dotted, shown
 
-__all__ = ["check_changes", "keep_job", "lock", "own_id"]
+__all__ = ["check_changes", "check_output", "keep_job", "lock", "own_id"]
 
 LISTS = ("pruners", "budgets", "seeds")
 """Keys whose lists may grow: what was found for the entries that stay is still true."""
@@ -27,6 +31,51 @@ OPTIONAL = (("sensitivity",), ("quantize",))
 """Keys that may come and go: what they add is beside what was found."""
 FREE = (("tune", "num_samples"), ("tune", "keep"))
 """Keys that say how much of the same is done."""
+
+
+def check_output(config: JobConfig) -> Place:
+    """The job's output folder, absolute; checked, not made.
+
+    Raises:
+        ConfigError: It can't be a folder that this process writes to.
+    """
+    asked = config.output if config.output is not None else f"~/.raycompress/{config.name}"
+    try:
+        place = place_of(asked)
+    except ConfigError as error:
+        raise ConfigError(f"output: {error}") from None
+    if isinstance(place, ObjectPath):
+        _check_store(config, place)
+        return place
+    output = place.expanduser().absolute()
+    there = next(path for path in (output, *output.parents) if path.exists())
+    if not there.is_dir():
+        raise ConfigError(f"output {output} can't be made: {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK) or _read_only(there):
+        raise ConfigError(f"output {output} can't be written: no permission in {there}")
+    return output
+
+
+def _check_store(config: JobConfig, output: ObjectPath) -> None:
+    """Raises a ConfigError if an object store doesn't answer, or a job needs a folder."""
+    uri = config.tracking.uri
+    if uri is None or urlsplit(uri).scheme not in ("", "http", "https", "sqlite"):
+        given = "nothing" if uri is None else masked_uri(uri)
+        raise ConfigError(
+            "tracking.uri must be a server's address, a SQLite file on the driver's machine or "
+            f"none where output is in an object store, got {given}"
+        )
+    try:
+        bucket = ObjectPath("/".join(output.uri.split("/")[:3]), output.query)
+        there = bucket.exists(patience=0)
+    except OSError as error:
+        raise ConfigError(f"output {output} can't be reached: {error}") from error
+    if not there:
+        raise ConfigError(f"output {output} can't be made: there is no bucket {bucket.name!r}")
+
+
+def _read_only(folder: Path) -> bool:
+    return bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
 
 
 @contextmanager

@@ -5,17 +5,13 @@ Nothing here starts Ray, opens MLflow, trains, or writes a file.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from raycompress.analysis.sensitivity import Sensitivity
 from raycompress.budget import Budget, Pricing
@@ -25,12 +21,13 @@ from raycompress.errors import ConfigError, RaycompressError, StructureError, Ta
 from raycompress.hiding import hidden
 from raycompress.importing import resolve, resolve_function
 from raycompress.loading import build_pruner
+from raycompress.output import check_output
 from raycompress.pruning.pruner import Problem, Pruner
 from raycompress.quantize_plan import QuantizePlan, check_found_bits, plan_quantize
-from raycompress.storage import ObjectPath, Place, place_of
+from raycompress.state import load_state
+from raycompress.storage import Place
 from raycompress.structure import Structure, analyze
 from raycompress.task import Split, Task, check_task
-from raycompress.tracking.address import masked_uri
 from raycompress.tuning import OBJECTIVES, TPE, Grid, Random, Searcher, SearchSpace
 from raycompress.tuning.entries import Point, corners, find_spaces, has_spaces, spread
 from raycompress.weights import WeightStore
@@ -184,7 +181,7 @@ def prepare(config: JobConfig) -> Plan:
     check_task(task, model)
     model.eval()
     if config.model.weights is not None:
-        _load_weights(model, Path(config.model.weights).expanduser())
+        load_state(model, Path(config.model.weights).expanduser())
     try:
         structure = analyze(
             model,
@@ -278,51 +275,6 @@ def build_task(config: JobConfig) -> Task:
     return task
 
 
-def check_output(config: JobConfig) -> Place:
-    """The job's output folder, absolute; checked, not made.
-
-    Raises:
-        ConfigError: It can't be a folder that this process writes to.
-    """
-    asked = config.output if config.output is not None else f"~/.raycompress/{config.name}"
-    try:
-        place = place_of(asked)
-    except ConfigError as error:
-        raise ConfigError(f"output: {error}") from None
-    if isinstance(place, ObjectPath):
-        _check_store(config, place)
-        return place
-    output = place.expanduser().absolute()
-    there = next(path for path in (output, *output.parents) if path.exists())
-    if not there.is_dir():
-        raise ConfigError(f"output {output} can't be made: {there} is a file")
-    if not os.access(there, os.W_OK | os.X_OK) or _read_only(there):
-        raise ConfigError(f"output {output} can't be written: no permission in {there}")
-    return output
-
-
-def _check_store(config: JobConfig, output: ObjectPath) -> None:
-    """Raises a ConfigError if an object store doesn't answer, or a job needs a folder."""
-    uri = config.tracking.uri
-    if uri is None or urlsplit(uri).scheme not in ("", "http", "https", "sqlite"):
-        given = "nothing" if uri is None else masked_uri(uri)
-        raise ConfigError(
-            "tracking.uri must be a server's address, a SQLite file on the driver's machine or "
-            f"none where output is in an object store, got {given}"
-        )
-    try:
-        bucket = ObjectPath("/".join(output.uri.split("/")[:3]), output.query)
-        there = bucket.exists(patience=0)
-    except OSError as error:
-        raise ConfigError(f"output {output} can't be reached: {error}") from error
-    if not there:
-        raise ConfigError(f"output {output} can't be made: there is no bucket {bucket.name!r}")
-
-
-def _read_only(folder: Path) -> bool:
-    return bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
-
-
 def _trials(config: JobConfig) -> tuple[TrialPlan, ...]:
     trials: list[TrialPlan] = []
     budgets: list[dict[str, Any] | None] = [*config.budgets] or [None]
@@ -398,51 +350,3 @@ def _corners(config: JobConfig) -> tuple[TrialPlan, ...]:
         for corner in corners(entry, find_spaces(entry, ("pruners", index)))
     ]
     return _trials(replace(config, pruners=tuple(entries), seeds=config.seeds[:1], tune=None))
-
-
-def _load_weights(model: nn.Module, path: Path) -> None:
-    """Loads a state dict without unpickling code."""
-    if not path.is_file():
-        raise ConfigError(f"model.weights: no file {path}")
-    state: dict[str, Tensor]
-    try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, OSError, ValueError) as error:
-        raise ConfigError(
-            f"model.weights: {path} can't be read as a state dict: {str(error).splitlines()[0]}"
-        ) from error
-    except Exception as error:
-        if type(error).__name__ != "UnpicklingError":
-            raise
-        raise ConfigError(
-            f"model.weights: {path} isn't a state dict of tensors alone, and anything else could "
-            "run code when it is loaded; save model.state_dict() instead"
-        ) from error
-    try:
-        model.load_state_dict(state)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f"model.weights: {path} doesn't fit {type(model).__name__}: {_misfit(model, state)}"
-        ) from error
-
-
-def _misfit(model: nn.Module, state: object) -> str:
-    """The first reason why a state dict doesn't fit, and how many of its kind there are."""
-    if not isinstance(state, dict):
-        return f"it holds {type(state).__name__}, no state dict"
-    own = model.state_dict()
-    missing = [key for key in own if key not in state]
-    unknown = [str(key) for key in state if key not in own]
-    for words, keys in (("it lacks", missing), ("it has an unknown", unknown)):
-        if keys:
-            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-            return f"{words} {keys[0]!r}{more}"
-    for key, value in own.items():
-        shape = getattr(state[key], "shape", None)
-        if shape is None or tuple(shape) != tuple(value.shape):
-            got = type(state[key]).__name__ if shape is None else tuple(shape)
-            return f"{key!r} has shape {got}, must be {tuple(value.shape)}"
-    return "it can't be loaded"
