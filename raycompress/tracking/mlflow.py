@@ -34,7 +34,8 @@ from raycompress.errors import TrackingError, VerificationError
 from raycompress.storage import Place
 from raycompress.tracking.address import artifact_place, check, masked_uri
 from raycompress.tracking.base import Point, Status
-from raycompress.tracking.mlflow_store import guard, impatient, try_database
+from raycompress.tracking.exclusive import alone
+from raycompress.tracking.mlflow_store import guard, impatient
 from raycompress.weights import Weights, digest_of_state
 
 __all__ = ["MlflowTracker"]
@@ -84,8 +85,8 @@ class MlflowTracker:
         address = uri if uri is not None else f"sqlite:///{output}/mlflow.db"
         name = experiment if experiment is not None else job_name
         check(address)
-        with guard(address), impatient({"MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}):
-            try_database(address)
+        patience = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+        with guard(address), impatient(patience), alone(address):
             client = mlflow.MlflowClient(tracking_uri=address, registry_uri=address)
             found = client.get_experiment_by_name(name)
             if found is not None and found.lifecycle_stage != "active":
@@ -97,8 +98,7 @@ class MlflowTracker:
             if found is not None:
                 experiment_id = found.experiment_id
             else:
-                place = artifact_place(address, output)
-                experiment_id = client.create_experiment(name, artifact_location=place)
+                experiment_id = _make_experiment(client, name, artifact_place(address, output))
             if uri is None:
                 with closing(sqlite3.connect(f"{output}/mlflow.db")) as database:
                     database.execute("PRAGMA journal_mode=WAL")
@@ -317,6 +317,17 @@ def _check_same(own: Path, back: Path) -> None:
                 f"the tracking store gives back another {name} than it was given; the model in it "
                 "can't be trusted"
             )
+
+
+def _make_experiment(client: Any, name: str, place: str | None) -> str:
+    """Makes an experiment, or takes the one that another job has made meanwhile."""
+    try:
+        return str(client.create_experiment(name, artifact_location=place))
+    except MlflowException as error:
+        found = client.get_experiment_by_name(name)
+        if error.error_code != "RESOURCE_ALREADY_EXISTS" or found is None:
+            raise
+        return str(found.experiment_id)
 
 
 def _find_or_make(

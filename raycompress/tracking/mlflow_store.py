@@ -13,7 +13,7 @@ from raycompress.errors import TrackingError
 from raycompress.tracking.address import masked, masked_uri
 from raycompress.tracking.base import Refused
 
-__all__ = ["guard", "impatient", "try_database"]
+__all__ = ["guard", "impatient"]
 
 REFUSALS = (
     "BAD_REQUEST",
@@ -55,11 +55,3 @@ def impatient(settings: Mapping[str, str]) -> Iterator[None]:
     finally:
         for name in ours:
             os.environ.pop(name, None)
-
-
-def try_database(uri: str) -> None:
-    """Connects once; MLflow itself would try ten times, over minutes."""
-    if uri.split(":")[0].split("+")[0] in ("postgresql", "mysql", "mssql"):
-        engine = sqlalchemy.create_engine(uri)
-        engine.connect().close()
-        engine.dispose()

@@ -26,14 +26,6 @@ def start(output, uri=None, key="job-1", **options):
     )
 
 
-@pytest.fixture(scope="session")
-def migrated(tmp_path_factory):
-    """A store that has been through MLflow's migrations, which take seconds."""
-    folder = tmp_path_factory.mktemp("migrated")
-    mlflow.MlflowClient(tracking_uri=f"sqlite:///{folder}/mlflow.db").search_experiments()
-    return folder / "mlflow.db"
-
-
 @pytest.fixture
 def output(tmp_path, migrated):
     folder = tmp_path / "out put"  # paths with spaces are paths
