@@ -7,6 +7,7 @@ unit is priced by what was asked for, whatever the number of replicas that it wa
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -104,7 +105,11 @@ class Prices:
         )
 
     def _relative(self, counts: Mapping[str, int]) -> float:
-        return self.structure.cost(counts).macs / max(self.structure.cost().macs, 1)
+        return self.structure.cost(counts).macs / self._dense
+
+    @functools.cached_property
+    def _dense(self) -> int:
+        return max(self.structure.cost().macs, 1)
 
     def _passes(self, examples: float) -> float:
         return examples / max(self.info.num_examples["validation"], 1)

@@ -263,18 +263,18 @@ class LedgerExecutor(ABC):
         return [tuple(range(a, b)) for a, b in itertools.pairwise(bounds)]
 
     def _key(self, kind: str, what: Mapping[str, Any]) -> str:
-        info = self.info
-        return digest_of(
-            {
-                "kind": kind,
-                "task": info.task,
-                "data": info.data,
-                "structure": self._structure,
-                "evaluation": asdict(self.evaluation),
-                "numeric_class": info.numeric_class,
-                **what,
-            }
-        )
+        return digest_of({"kind": kind, **self._facts, **what})
+
+    @functools.cached_property
+    def _facts(self) -> dict[str, Any]:
+        """What all keys hold."""
+        return {
+            "task": self.info.task,
+            "data": self.info.data,
+            "structure": self._structure,
+            "evaluation": asdict(self.evaluation),
+            "numeric_class": self.info.numeric_class,
+        }
 
     def _recall(
         self, keys: Mapping[Candidate, str]

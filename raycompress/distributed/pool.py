@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,11 +21,14 @@ from raycompress.distributed.extras import Extras
 from raycompress.distributed.slots import (
     UNREACHABLE,
     Slot,
+    answers_of,
+    finished,
     loss_reason,
     on_living_nodes,
     wait_ready,
 )
 from raycompress.distributed.spec import PackedWeights, PoolSpec, SharedSpec
+from raycompress.distributed.waiting import Waiting
 from raycompress.errors import EvaluationError, StorageError
 from raycompress.executor import LedgerExecutor
 from raycompress.ledger import Ledger
@@ -242,7 +245,7 @@ class ReplicaPool(LedgerExecutor):
         return next(slot for slot in self._slots if slot.ready)
 
     def _run(self, units: Sequence[Unit]) -> Iterator[tuple[int, UnitResult]]:
-        waiting = deque(range(len(units)))
+        waiting = Waiting(units)
         losses: Losses = defaultdict(list)
         left = len(units)
         try:
@@ -257,47 +260,59 @@ class ReplicaPool(LedgerExecutor):
                 if slot.in_flight:  # the caller gave up: nobody wants these answers
                     slot.abandon()
 
-    def _fill(self, units: Sequence[Unit], waiting: deque[int], losses: Losses) -> None:
+    def _fill(self, units: Sequence[Unit], waiting: Waiting, losses: Losses) -> None:
         """Sends waiting units, level by level, so that no replica takes two while one has none."""
+        free = [
+            slot
+            for slot in self._working
+            if slot.info is not None and not slot.leaving and len(slot.in_flight) < DEPTH
+        ]
         for depth in range(DEPTH):
-            for slot in self._working:
+            for slot in free:
                 if not waiting:
                     return
-                if not slot.ready or slot.leaving or len(slot.in_flight) != depth:
+                if len(slot.in_flight) != depth:
                     continue
                 # A unit that was there when a replica was lost runs alone, so that no other
                 # is blamed for what it does.
-                # What a replica has built for a race's last round, it goes on with.
-                index = waiting[0]
-                if slot.races:
-                    index = next((i for i in waiting if slot.has_built(units[i])), index)
-                suspect = bool(losses[index])
-                if depth and (suspect or any(losses[i] for i in slot.in_flight.values())):
+                index = waiting.next_of(slot.raced)
+                suspect = bool(losses.get(index))
+                if depth and (suspect or any(losses.get(i) for i in slot.in_flight.values())):
                     continue
                 waiting.remove(index)
                 slot.send(index, units[index])
 
-    def _collect(self, waiting: deque[int], losses: Losses) -> Iterator[tuple[int, UnitResult]]:
+    def _collect(self, waiting: Waiting, losses: Losses) -> Iterator[tuple[int, UnitResult]]:
         """What has finished; waits for it for at most `POLL_SECONDS`."""
-        references = [ref for slot in self._working for ref in slot.references()]
-        done = _finished(references, 0.0) or _finished(references, POLL_SECONDS)
-        answers = _answers([ref for slot in self._working for ref in slot.in_flight if ref in done])
-        for slot in self._working:
-            lost = slot.welcome(done, self._info) if not slot.ready else None
-            for reference in [ref for ref in slot.in_flight if ref in done]:
-                result = answers[reference]
-                if isinstance(result, ray.exceptions.RayTaskError):
-                    if isinstance(result.cause, StorageError):
-                        raise result.cause
-                    result = UnitResult(failure=loss_reason(result), worker=slot.name)
-                elif isinstance(result, Exception):
-                    lost = loss_reason(result)
-                    break
-                yield slot.take(reference), result
-            if lost is None:
-                lost = slot.overdue(self.cluster)
-            if lost is not None:
-                yield from self._lose(slot, lost, waiting, losses)
+        owners = {ref: slot for slot in self._working for ref in slot.references()}
+        done = finished(list(owners), POLL_SECONDS)
+        answers = answers_of([ref for ref in done if owners[ref].ready])
+        lost: dict[Slot, str] = {}
+        for reference in done:
+            slot = owners[reference]
+            if slot in lost:
+                continue
+            if not slot.ready:
+                reason = slot.welcome(done, self._info)
+                if reason is not None:
+                    lost[slot] = reason
+                continue
+            result = answers[reference]
+            if isinstance(result, ray.exceptions.RayTaskError):
+                if isinstance(result.cause, StorageError):
+                    raise result.cause
+                result = UnitResult(failure=loss_reason(result), worker=slot.name)
+            elif isinstance(result, Exception):
+                lost[slot] = loss_reason(result)
+                continue
+            yield slot.take(reference), result
+        if self.cluster.unit_timeout is not None:
+            for slot in self._working:
+                reason = slot.overdue(self.cluster.unit_timeout)
+                if reason is not None:
+                    lost.setdefault(slot, reason)
+        for slot, reason in lost.items():
+            yield from self._lose(slot, reason, waiting, losses)
         if self.progress is not None and time.monotonic() - self._polled > POLL_SECONDS:
             self._polled = time.monotonic()
             for slot in self._working:
@@ -308,7 +323,7 @@ class ReplicaPool(LedgerExecutor):
             wait_ready(self._slots, self._start, self.cluster, self._info, num=1)
 
     def _lose(
-        self, slot: Slot, reason: str, waiting: deque[int], losses: Losses
+        self, slot: Slot, reason: str, waiting: Waiting, losses: Losses
     ) -> Iterator[tuple[int, UnitResult]]:
         """Replaces a replica; its running unit is charged, the one behind it is not.
 
@@ -323,32 +338,9 @@ class ReplicaPool(LedgerExecutor):
                 losses[index] = on_living_nodes(losses[index], MAX_LOSSES)
             if len(losses[index]) < MAX_LOSSES:
                 # Behind the others if it may be the cause: the search goes on meanwhile.
-                waiting.append(index) if position == 0 else waiting.appendleft(index)
+                waiting.put_back(index, last=position == 0)
                 continue
             failure = (
                 f"EvaluationError: the candidate lost its replica {MAX_LOSSES} times: {reason}"
             )
             yield index, UnitResult(failure=failure, worker=slot.name)
-
-
-def _finished(references: list[Any], seconds: float) -> set[Any]:
-    """All that has finished; waits for the first of them."""
-    if seconds:
-        ray.wait(references, num_returns=1, timeout=seconds)
-    done, _ = ray.wait(references, num_returns=len(references), timeout=0)
-    return set(done)
-
-
-def _answers(references: list[Any]) -> dict[Any, Any]:
-    """What came of finished units: results, or exceptions of Ray's."""
-    try:
-        return dict(zip(references, ray.get(references), strict=True))
-    except ray.exceptions.RayError:
-        pass  # one or more of them
-    answers: dict[Any, Any] = {}
-    for reference in references:
-        try:
-            answers[reference] = ray.get(reference)
-        except ray.exceptions.RayError as error:
-            answers[reference] = error
-    return answers

@@ -20,7 +20,15 @@ from raycompress.errors import ClusterError, RaycompressError
 from raycompress.host import MAX_BUILT
 from raycompress.units import HostInfo, Unit
 
-__all__ = ["UNREACHABLE", "Slot", "loss_reason", "on_living_nodes", "wait_ready"]
+__all__ = [
+    "UNREACHABLE",
+    "Slot",
+    "answers_of",
+    "finished",
+    "loss_reason",
+    "on_living_nodes",
+    "wait_ready",
+]
 
 SETUP_ATTEMPTS = 3
 UNREACHABLE = "it can't be reached any more: its node was lost, or its process died unnoticed"
@@ -51,6 +59,7 @@ class Slot:
         in_flight: Index of the unit by the reference of its result, oldest first.
         running_since: When the oldest of them became the oldest.
         leaving: It gets no more units.
+        raced: Candidates of races whose models the replica keeps, less the shards.
     """
 
     name: str
@@ -62,7 +71,7 @@ class Slot:
     in_flight: dict[Any, int] = field(default_factory=dict)
     running_since: float = 0.0
     leaving: bool = False
-    _raced: deque[Candidate] = field(default_factory=lambda: deque(maxlen=MAX_BUILT))
+    raced: deque[Candidate] = field(default_factory=lambda: deque(maxlen=MAX_BUILT))
     _progress: Any = None
     _reported: tuple[int, int, float] | None = None
 
@@ -107,17 +116,7 @@ class Slot:
             self.running_since = time.monotonic()
         self.in_flight[self.actor.run.remote(unit)] = index
         if unit.candidate.shards is not None:
-            self._raced.append(replace(unit.candidate, shards=None))
-
-    @property
-    def races(self) -> bool:
-        """Whether the replica keeps any model of a race."""
-        return bool(self._raced)
-
-    def has_built(self, unit: Unit) -> bool:
-        """Whether the replica keeps the model of a unit from a race's earlier round."""
-        shards = unit.candidate.shards
-        return shards is not None and replace(unit.candidate, shards=None) in self._raced
+            self.raced.append(replace(unit.candidate, shards=None))
 
     def take(self, reference: Any) -> int:
         """The index of a finished unit, which is no longer in flight."""
@@ -148,10 +147,9 @@ class Slot:
         self.info = answer
         return None
 
-    def overdue(self, cluster: ClusterConfig) -> str | None:
-        """Why the replica counts as hung, if it does."""
-        limit = cluster.unit_timeout
-        if limit is None or not self.in_flight or time.monotonic() - self.running_since < limit:
+    def overdue(self, limit: float) -> str | None:
+        """Why the replica counts as hung, if a unit has taken more seconds than the limit."""
+        if not self.in_flight or time.monotonic() - self.running_since < limit:
             return None
         return f"no answer within {limit:g} s (cluster.unit_timeout)"
 
@@ -238,6 +236,29 @@ def wait_ready(
             )
     assert info is not None
     return info
+
+
+def finished(references: list[Any], seconds: float) -> list[Any]:
+    """All that has finished, or, after so many seconds, the first that does."""
+    done, _ = ray.wait(references, num_returns=len(references), timeout=0)
+    if not done:
+        done, _ = ray.wait(references, num_returns=1, timeout=seconds)
+    return list(done)
+
+
+def answers_of(references: list[Any]) -> dict[Any, Any]:
+    """What came of finished units: results, or exceptions of Ray's."""
+    try:
+        return dict(zip(references, ray.get(references), strict=True))
+    except ray.exceptions.RayError:
+        pass  # one or more of them
+    answers: dict[Any, Any] = {}
+    for reference in references:
+        try:
+            answers[reference] = ray.get(reference)
+        except ray.exceptions.RayError as error:
+            answers[reference] = error
+    return answers
 
 
 def on_living_nodes(nodes: Sequence[str], most: int) -> list[str]:
