@@ -223,7 +223,8 @@ def backend_of(plan: Plan, progress: Progress, stack: ExitStack) -> Backend:
     if config.cluster.executor != "ray":
         return LocalBackend()
     progress.stage("Connect to Ray")
-    from raycompress.distributed.cluster import check_reach, connect
+    from raycompress.distributed.cluster import connect
+    from raycompress.distributed.reach import check_reach
 
     stack.enter_context(connect(config.cluster))
     stack.enter_context(terminable())  # again: Ray has put its own handler there

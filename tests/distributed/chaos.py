@@ -151,7 +151,9 @@ class Nodes:
 
     def __init__(self, num: int, cpus: int) -> None:
         self.num, self.cpus = num, cpus
-        head = {"num_cpus": 0, "include_dashboard": False}
+        # A node that answers nothing any more counts as lost after 2.5 s instead of 15.
+        sooner = {"health_check_period_ms": 500}
+        head = {"num_cpus": 0, "include_dashboard": False, "_system_config": sooner}
         self.cluster = Cluster(initialize_head=True, head_node_args=head)
         self.restore()
         self.address = self.cluster.address

@@ -13,7 +13,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from raycompress.distributed.cluster import check_reach
+from raycompress.distributed.reach import check_reach
 from raycompress.errors import ClusterError
 from raycompress.storage import ObjectPath
 
@@ -28,7 +28,9 @@ def hidden(tmp_path: Path) -> Iterator[Path]:
     mount = f"mount -t tmpfs none {folder}"
     if subprocess.run([*NAMESPACE, "sh", "-c", mount], capture_output=True).returncode:
         pytest.skip("no mount namespaces here")
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
+    )
     start = f"{sys.executable} -m ray.scripts.scripts start --address={cluster.address}"
     node = subprocess.Popen(
         [*NAMESPACE, "sh", "-c", f"{mount} && exec {start} --num-cpus=1 --block"],
