@@ -296,6 +296,13 @@ def materialize(
     recover: Annotated[
         bool, typer.Option("--recover", help="Fine-tune it, as the job says under `recover`.")
     ] = False,
+    quantize: Annotated[
+        bool,
+        typer.Option(
+            "--quantize",
+            help="Quantize it, as the job says under `quantize`; one with bits is anyway.",
+        ),
+    ] = False,
     set_: Set = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -311,7 +318,13 @@ def materialize(
         progress = progress_for(quiet)
         with nothing_on_stdout():
             done = build(
-                job, point, trial=trial, recover=recover, overrides=set_ or (), progress=progress
+                job,
+                point,
+                trial=trial,
+                recover=recover,
+                quantize=quantize,
+                overrides=set_ or (),
+                progress=progress,
             )
         console = Console(stderr=json, width=None if sys.stdout.isatty() else 200)
         title = f"{done.point.id} of {done.point.trial or 'the dense model'}"
@@ -322,6 +335,10 @@ def materialize(
             lines.append(f"slim against masked: {kind} (relative error {error:.1e})")
         lines += [f"note: {note}" for note in done.notes]
         lines += [f"model: {path}" for path in done.models]
+        if (made := done.quantized) is not None:
+            where = f"on {made.backend}, in {made.runs}" if made.backend else "in simulation"
+            file = made.file or made.folder
+            lines.append(f"quantized: {made.quantizer} {made.bits}, {where}: {file}")
         for line in lines:
             console.print(line, highlight=False, markup=False, soft_wrap=True)
         if json:

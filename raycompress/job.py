@@ -102,10 +102,10 @@ def run_job(
         trials: list[TrialResult] = []
         for trial in found.trials:
             trials.append(_finish(job, trial, found.results[trial.name], pool, dense, table))
-        points = _points(job, trials, found, pool, weights, table)
         if plan.quantize is not None:
             winners = found.winners()
             trials = quantize_trials(plan, trials, winners, pool, job.store, dense, progress)
+        points = _points(job, trials, found, pool, weights, table)
         device = pool.info.numeric_class
     _check_any(trials)
     on_front = [replace(p, candidate="") for p in points if p.fronts or p.search_fronts]
@@ -248,7 +248,8 @@ def _points(
         return []
     own = {trial.name for trial in trials}
     others = [row.name for row in found.samples if row.name not in own]
-    points = gather(job.plan, trials, found.winners(), Pricer(pool, weights, table), others)
+    pricer = Pricer(pool, weights, job.plan.model, table)
+    points = gather(job.plan, trials, found.winners(), pricer, others)
     origin = origin_of(pool, weights)
     write_table(points, job.plan.output / "results" / "pareto.parquet", origin)
     return points

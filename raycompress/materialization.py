@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from torch import nn
@@ -32,7 +32,8 @@ from raycompress.pareto import Point
 from raycompress.plan import Plan
 from raycompress.points import read_table
 from raycompress.progress import Progress, SilentProgress
-from raycompress.results import JobResult, ModelRow, Verification
+from raycompress.quantized import Quantized, quantize_candidate, time_quantized
+from raycompress.results import JobResult, ModelRow, QuantizedResult, Verification
 from raycompress.storage import ObjectPath, Place, place_of, staged
 from raycompress.task import SPLITS
 from raycompress.trial import load_ranking, write_json
@@ -51,9 +52,11 @@ class Materialized:
         folder: Of its files: models, masks, kept channels by group, this summary.
         models: Files that `raycompress.load` reads: onto the class, and a program without it.
         score_name: What the scores are.
-        rows: "dense", "masked", and "slim" if channels were removed; measured now.
+        rows: "dense", "masked", "slim" if channels were removed, "quantized" and "lowered" if it
+            was; measured now.
         verification: Of slim against masked; None where nothing was slimmed.
         recovered: It was fine-tuned.
+        quantized: How it was quantized, and its files; None: it is in float.
         notes: What a reader should know.
     """
 
@@ -64,6 +67,7 @@ class Materialized:
     rows: tuple[ModelRow, ...]
     verification: Verification | None = None
     recovered: bool = False
+    quantized: QuantizedResult | None = None
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> str:
@@ -77,6 +81,7 @@ def materialize(
     *,
     trial: str | None = None,
     recover: bool = False,
+    quantize: bool = False,
     overrides: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Materialized:
@@ -84,20 +89,24 @@ def materialize(
 
     It is built as it was judged: from the weights, the ranking and the trained weights that the
     output holds by digest, reconstructed and recalibrated as the search did. Files go below
-    `<output>/materialized/<id>`, those of a fine-tuned model below `<id>/recovered`.
+    `<output>/materialized/<id>`, those of a fine-tuned model below `<id>/recovered`. One with bits
+    is then calibrated or trained with them and lowered, as the job says under `quantize`, whatever
+    its search judged it by; the float model is there, too.
 
     Args:
         job: A job file, or a job's output: a folder, or its URI.
         point: Its id in `results/pareto.parquet`, or so many first characters that no other has.
         trial: Whose point, where several trials have it: its seed is that of fine-tuning.
         recover: Fine-tune it, as the job says under `recover`.
+        quantize: Quantize it, as the job says, also where the point has no bits of its own.
         overrides: Of keys of the job, such as "recover.epochs=5".
         progress: Told of stages; None says nothing.
 
     Raises:
         ConfigError: There is no finished job, or no such point or trial.
         TaskError: Task, data or model aren't those of the job any more.
-        VerificationError: The slim model doesn't compute what the masked one does.
+        VerificationError: The slim model doesn't compute what the masked one does, or the lowered
+            one what the quantized one does.
         RaycompressError: Weights or rankings are gone, or nothing can be saved.
         InterruptedJob: It was stopped by a signal.
     """
@@ -113,18 +122,23 @@ def materialize(
         raise ConfigError(
             "--recover: the job doesn't say how; give recover.epochs (--set recover.epochs=5)"
         )
+    bits = Candidate.from_key(json.loads(chosen.candidate)).quantize
+    if plan.quantize is None and (quantize or bits is not None):
+        which = "--quantize" if quantize else f"--point: {chosen.id} has bits ({chosen.bits})"
+        raise ConfigError(
+            f"{which}: the job doesn't say how; give quantize (--set quantize.type=PTQ)"
+        )
     _check_origin(plan, origin)
-    training = Training(0.0)
-    if recover:
-        own = JobResult.from_json(summary.read_text()).trial(chosen.trial)
-        training = recovery(config, config.seed if own is None else own.seed, origin["weights"])
+    own = JobResult.from_json(summary.read_text()).trial(chosen.trial)
+    seed = config.seed if own is None else own.seed
+    training = recovery(config, seed, origin["weights"]) if recover else Training(0.0)
     shown = progress if progress is not None else SilentProgress()
     with ExitStack() as stack:
         stack.callback(shown.close)
         stack.enter_context(lock(plan.output))
         stack.enter_context(terminable())
         try:
-            work = _Work(plan, chosen, origin["weights"], training, recover)
+            work = _Work(plan, chosen, origin["weights"], training, recover, quantize, seed)
             return _materialize(work, backend_of(plan, shown, stack), shown)
         except KeyboardInterrupt:
             raise InterruptedJob("stopped; the same command starts again") from None
@@ -193,6 +207,8 @@ class _Work:
         dense: Digest of the dense weights.
         training: Of no epochs, unless it is to be recovered.
         recover: It is.
+        quantize: It is quantized, also without bits of its own.
+        seed: Of its trial.
     """
 
     plan: Plan
@@ -200,6 +216,8 @@ class _Work:
     dense: str
     training: Training
     recover: bool
+    quantize: bool
+    seed: int
 
     @property
     def folder(self) -> Place:
@@ -214,7 +232,13 @@ def _materialize(work: _Work, backend: Backend, progress: Progress) -> Materiali
     weights = store.get(work.dense)
     plan.model.load_state_dict(dict(weights.state))
     candidate = Candidate.from_key(json.loads(point.candidate))
-    ranking = None
+    if store.get(candidate.weights).quantization is not None:
+        raise RaycompressError(
+            f"point {point.id} was trained with its bits in the search: its float model, of which "
+            "it could be made, is gone"
+        )
+    bits, candidate = candidate.quantize, replace(candidate, quantize=None)
+    ranking, made = None, None
     if candidate.ranking:
         folder = plan.output / "rankings"
         if not (folder / f"{candidate.ranking}.safetensors").exists():
@@ -240,11 +264,18 @@ def _materialize(work: _Work, backend: Backend, progress: Progress) -> Materiali
         done = finish_candidate(
             plan, candidate, work.training, name, work.folder, pool, store, measured
         )
+        if plan.quantize is not None and (work.quantize or bits is not None):
+            progress.stage(f"Quantize {point.id}: {plan.quantize.name}")
+            how, place = plan.quantize.with_bits(bits), work.folder / "quantized"
+            made = quantize_candidate(
+                plan, done.candidate, how, done.rows[-1], name, work.seed, place, pool, store
+            )
+            made = time_quantized(plan, {name: made})[name]
     progress.stage("Save")
-    return _saved(work, done, final_model(plan, store.get(done.candidate.weights)))
+    return _saved(work, done, final_model(plan, store.get(done.candidate.weights)), made)
 
 
-def _saved(work: _Work, done: Finished, model: nn.Module) -> Materialized:
+def _saved(work: _Work, done: Finished, model: nn.Module, made: Quantized | None) -> Materialized:
     point, task = work.point, work.plan.task
     models, notes = [], []
     with staged(work.folder) as folder:
@@ -261,9 +292,10 @@ def _saved(work: _Work, done: Finished, model: nn.Module) -> Materialized:
         folder=str(work.folder),
         models=tuple(models),
         score_name=task.score_name,
-        rows=done.rows,
+        rows=done.rows if made is None else (*done.rows, *made.rows),
         verification=done.verification,
         recovered=work.recover,
+        quantized=None if made is None else made.result,
         notes=tuple(notes),
     )
     write_json(work.folder / "summary.json", asdict(result))

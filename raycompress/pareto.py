@@ -12,7 +12,7 @@ from typing import Literal
 
 __all__ = ["RESOURCES", "Point", "front", "marked"]
 
-RESOURCES = ("macs", "params", "latency_ms")
+RESOURCES = ("macs", "params", "latency_ms", "size_bytes")
 """What a point may be cheap in; names of `Point`'s fields."""
 
 
@@ -28,7 +28,10 @@ class Point:
         candidate: `Candidate.key()` as JSON, with the trained weights in place of the training.
         macs: Multiply-adds of one example.
         params: Parameters that are left; of a masked model, those that aren't masked.
-        latency_ms: As the job's latency table predicts; None without one.
+        latency_ms: As the job's latency table predicts; None without one, and with bits.
+        size_bytes: Of the numbers that are stored: packed in a quantized model, else four for each,
+            zeros too. None: unknown, in a table of an older version.
+        bits: Of a quantized model, such as "W2-8 A8"; "" in float.
         score: Mean over the validation data, higher is better; no test data.
         loss: The same, lower is better.
         complete: All of the validation data was looked at; probes and what a race dropped have
@@ -48,6 +51,8 @@ class Point:
     macs: int
     params: int
     latency_ms: float | None = None
+    size_bytes: int | None = None
+    bits: str = ""
     score: float
     loss: float
     complete: bool = True
@@ -84,7 +89,10 @@ def front(costs: Sequence[float], scores: Sequence[float]) -> list[bool]:
 
 
 def marked(points: Sequence[Point]) -> list[Point]:
-    """The points with their fronts."""
+    """The points with their fronts.
+
+    Multiply-adds of few bits aren't those of float: quantized models compete by bytes alone.
+    """
     everything = _fronts(points, [point.complete for point in points])
     before = _fronts(points, [point.complete and point.stage != "final" for point in points])
     return [
@@ -96,10 +104,13 @@ def marked(points: Sequence[Point]) -> list[Point]:
 def _fronts(points: Sequence[Point], counted: Sequence[bool]) -> list[tuple[str, ...]]:
     found: list[tuple[str, ...]] = [()] * len(points)
     for resource in RESOURCES:
-        costs = [getattr(point, resource) for point in points]
         costs = [
-            cost if use and cost is not None else math.inf
-            for cost, use in zip(costs, counted, strict=True)
+            cost
+            if use
+            and (cost := getattr(point, resource)) is not None
+            and (resource == "size_bytes" or not point.bits)
+            else math.inf
+            for point, use in zip(points, counted, strict=True)
         ]
         for index, on in enumerate(front(costs, [point.score for point in points])):
             if on:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import pyarrow
 import pyarrow.parquet
+from torch import nn
 
 from raycompress.budget import Pricing
 from raycompress.candidate import Candidate, Trial, digest_of
@@ -20,6 +21,8 @@ from raycompress.executor import LedgerExecutor
 from raycompress.identity import structure_digest
 from raycompress.pareto import RESOURCES, Point, marked
 from raycompress.plan import Plan
+from raycompress.pruning.bit_costs import BitCosts
+from raycompress.quantization import Bits, Quantization
 from raycompress.results import TrialResult
 from raycompress.storage import ObjectPath, Place, Segments, read_all, write_whole
 
@@ -47,11 +50,13 @@ class Pricer:
     Attributes:
         executor: Knows rankings, and what weights have lost.
         dense: Digest of the dense weights.
+        model: Dense.
         latency: Predicts; None: nothing was measured.
     """
 
     executor: LedgerExecutor
     dense: str
+    model: nn.Module
     latency: Pricing | None = None
 
     def point(
@@ -69,7 +74,7 @@ class Pricer:
         if asked.training is not None:
             # What came out of the training was judged.
             candidate = candidate.trained(trial.trained())
-        key = candidate.key()
+        key, how = candidate.key(), candidate.quantize
         counts = self.executor.counts(candidate)
         cost = self.executor.structure.cost(counts)
         num = sum(shard.count for shard in trial.shards)
@@ -83,7 +88,11 @@ class Pricer:
             candidate=json.dumps(key, sort_keys=True),
             macs=cost.macs,
             params=cost.params - self._masked(candidate),
-            latency_ms=None if self.latency is None else self.latency.latency_ms(counts),
+            latency_ms=None
+            if self.latency is None or how is not None
+            else self.latency.latency_ms(counts),
+            size_bytes=self._size(how, counts),
+            bits="" if how is None else how.words(),
             score=sum(shard.score for shard in trial.shards) / num,
             loss=sum(shard.loss for shard in trial.shards) / num,
             complete=trial.judged and seen_all,
@@ -95,6 +104,16 @@ class Pricer:
     def judge(self, candidate: Candidate) -> Trial:
         """Looks at a candidate on validation data; the ledger answers what was judged before."""
         return self.executor.evaluate([candidate])[0]
+
+    def _size(self, how: Quantization | None, counts: Mapping[str, int]) -> int:
+        """Bytes that are stored; of layers that share their weight, in float."""
+        structure = self.executor.structure
+        if how is None:
+            buffers = sum(buffer.nbytes for buffer in self.model.buffers())
+            return 4 * structure.cost(counts).params + buffers
+        costs, chosen = BitCosts.of(self.model, structure, counts), dict(how.choices)
+        bits = {name: chosen.get(name, Bits()) for name in costs.layers}
+        return costs.size({name: (each.weight or 32, each.input) for name, each in bits.items()})
 
     def _masked(self, candidate: Candidate) -> int:
         """Single weights that are masked."""
@@ -129,8 +148,6 @@ class Recorder:
         for trial in trials:
             asked = trial.candidate
             if asked.weights == self._pricer.dense and asked.is_plain:
-                continue
-            if asked.quantize is not None:  # a front of params and macs says nothing of bits
                 continue
             point = self._pricer.point(trial, self._name, step)
             # What a race dropped may be judged in full later.
@@ -170,7 +187,7 @@ def gather(
     pricer: Pricer,
     others: Sequence[str] = (),
 ) -> list[Point]:
-    """The points of a job, marked: dense, what each trial's search judged, and its final model.
+    """The points of a job, marked: dense, what each trial's search judged, and its final models.
 
     Args:
         plan: The job.
@@ -186,18 +203,21 @@ def gather(
         found += read_points(points_path(plan.output, trial.name))
         if not trial.rows:
             continue
-        winner = winners[trial.name]
+        winner = winners.get(trial.name, Candidate(pricer.dense))  # else it is the dense model
         model = winner.trained(trial.weights)
-        final = pricer.point(pricer.judge(model), trial.name, stage="final")
-        if final is not None:
-            imitated = plan.config.reconstruct and bool(winner.kept)
-            found.append(
-                replace(
-                    final,
-                    trained=plan.config.recover is not None or winner.weights != pricer.dense,
-                    reconstructed=imitated or winner.reconstruct is not None,
-                )
-            )
+        trained = plan.config.recover is not None or winner.weights != pricer.dense
+        finals = [(pricer.judge(model), trained)] if trial.pruner else []
+        if plan.quantize is not None and trial.quantized is not None:
+            judged = pricer.judge(model.trained(trial.quantized.weights))
+            how = plan.quantize.with_bits(winner.quantize)
+            trained = trained or plan.quantize.section.training is not None
+            finals.append((replace(judged, candidate=replace(model, quantize=how)), trained))
+        imitated = plan.config.reconstruct and bool(winner.kept)
+        imitated = imitated or winner.reconstruct is not None
+        for judged, trained in finals:
+            final = pricer.point(judged, trial.name, stage="final")
+            if final is not None:
+                found.append(replace(final, trained=trained, reconstructed=imitated))
     return marked([point for point in found if point is not None])
 
 
@@ -238,7 +258,7 @@ def write_table(points: Sequence[Point], path: Place, origin: Mapping[str, str])
             row |= {f"{flag}_{_short(r)}": r in marks for r in RESOURCES}
         rows.append(row)
     types = {int: pyarrow.int64(), float: pyarrow.float64(), bool: pyarrow.bool_()}
-    columns = {"step": int, "macs": int, "params": int, "latency_ms": float}
+    columns = {"step": int, "macs": int, "params": int, "latency_ms": float, "size_bytes": int}
     columns |= {"score": float, "loss": float}
     columns |= dict.fromkeys(("complete", "trained", "reconstructed"), bool)
     columns |= {f"{flag}_{_short(r)}": bool for flag in FLAGS.values() for r in RESOURCES}
@@ -260,7 +280,8 @@ def read_table(path: Place) -> tuple[list[Point], dict[str, str]]:
     points = []
     for row in table.to_pylist():
         marks = {
-            name: tuple(r for r in RESOURCES if row.pop(f"{flag}_{_short(r)}"))
+            # What an older version wrote lacks some.
+            name: tuple(r for r in RESOURCES if row.pop(f"{flag}_{_short(r)}", False))
             for name, flag in FLAGS.items()
         }
         row.pop("kept")
@@ -269,4 +290,4 @@ def read_table(path: Place) -> tuple[list[Point], dict[str, str]]:
 
 
 def _short(resource: str) -> str:
-    return resource.removesuffix("_ms")
+    return resource.removesuffix("_ms").removesuffix("_bytes")

@@ -21,29 +21,37 @@ from raycompress.progress import Progress
 from raycompress.quantization import Quantization
 from raycompress.quantization.lowering import Lowered
 from raycompress.quantized_files import write_quantized_files
-from raycompress.results import QuantizedResult, TrialResult
-from raycompress.storage import staged
+from raycompress.results import ModelRow, QuantizedResult, TrialResult
+from raycompress.storage import Place, staged
 from raycompress.structure import file_size
 from raycompress.weights import WeightStore
 
-__all__ = ["DENSE", "quantize_trials", "quantized_model"]
+__all__ = [
+    "DENSE",
+    "Quantized",
+    "quantize_candidate",
+    "quantize_trials",
+    "quantized_model",
+    "time_quantized",
+]
 
 DENSE = "dense"
 """Name of the trial that quantizes the dense model."""
 
 
 @dataclass(frozen=True)
-class _Work:
-    """What the stages share."""
+class Quantized:
+    """A model that was quantized.
 
-    plan: Plan
-    pool: LedgerExecutor
-    store: WeightStore
+    Attributes:
+        rows: "quantized", and "lowered" if it was.
+        result: How, and what a runtime makes of it.
+        lowered: What runs; None if it stays simulated.
+    """
 
-    def how(self, winner: Candidate | None) -> Quantization:
-        """The job's quantizer, with the bits that a search found, if one did."""
-        assert self.plan.quantize is not None
-        return self.plan.quantize.with_bits(None if winner is None else winner.quantize)
+    rows: tuple[ModelRow, ...]
+    result: QuantizedResult
+    lowered: Lowered | None
 
 
 def quantize_trials(
@@ -74,7 +82,6 @@ def quantize_trials(
         VerificationError: A lowered model isn't the one that was quantized, or not in integers.
     """
     assert plan.quantize is not None
-    work = _Work(plan, pool, store)
     asked = [
         (trial, winners[trial.name].trained(trial.weights) if trial.rows else None)
         for trial in trials
@@ -82,24 +89,30 @@ def quantize_trials(
     if plan.quantize.section.dense or (not plan.trials and not plan.studies):
         asked.append((_dense_trial(plan, dense, pool), dense.candidate))
     done: list[TrialResult] = []
-    lowered: dict[str, Lowered] = {}
+    made: dict[str, Quantized] = {}
     for trial, candidate in asked:
-        if candidate is None:
-            done.append(trial)
-            continue
-        progress.stage(f"Quantize {trial.name}: {plan.quantize.name}")
-        try:
-            how = work.how(winners.get(trial.name))
-            trial, runs = _quantize(work, trial, candidate, how)
-        except EvaluationError as error:  # the other trials are sound
-            progress.message(str(error))
-            trial, runs = replace(trial, rows=(), failure=str(error)), None
+        if candidate is not None:
+            progress.stage(f"Quantize {trial.name}: {plan.quantize.name}")
+            winner = winners.get(trial.name)
+            how = plan.quantize.with_bits(None if winner is None else winner.quantize)
+            place = plan.output / "results" / trial.name / "quantized"
+            try:
+                made[trial.name] = quantize_candidate(
+                    plan, candidate, how, trial.rows[-1], trial.name, trial.seed, place, pool, store
+                )
+            except EvaluationError as error:  # the other trials are sound
+                progress.message(str(error))
+                trial = replace(trial, rows=(), failure=str(error))
         done.append(trial)
-        if runs is not None:
-            lowered[trial.name] = runs
-    if lowered:
+    if any(each.lowered for each in made.values()):
         progress.stage(f"Time models on {plan.quantize.section.lower}")
-    return _timed(plan, done, lowered)
+        made = time_quantized(plan, made)
+    return [
+        replace(trial, rows=(*trial.rows, *own.rows), quantized=own.result)
+        if (own := made.get(trial.name)) is not None
+        else trial
+        for trial in done
+    ]
 
 
 def quantized_model(
@@ -121,23 +134,46 @@ def _dense_trial(plan: Plan, dense: Measured, pool: LedgerExecutor) -> TrialResu
     return TrialResult(name=DENSE, pruner="", rows=(row,), weights=dense.candidate.weights)
 
 
-def _quantize(
-    work: _Work, trial: TrialResult, candidate: Candidate, how: Quantization
-) -> tuple[TrialResult, Lowered | None]:
-    plan, last = work.plan, trial.rows[-1]
+def quantize_candidate(
+    plan: Plan,
+    candidate: Candidate,
+    how: Quantization,
+    last: ModelRow,
+    name: str,
+    seed: int,
+    place: Place,
+    pool: LedgerExecutor,
+    store: WeightStore,
+) -> Quantized:
+    """Quantizes a float model, trains it, and lowers it, as the job says.
+
+    Args:
+        plan: Of a job with `quantize`.
+        candidate: Float weights, slim or masked.
+        how: With the bits of its layers.
+        last: The float model's row.
+        name: For messages.
+        seed: Of the order of examples.
+        place: Of its files.
+        pool: Trains and scores.
+        store: Holds the weights.
+
+    Raises:
+        EvaluationError: It couldn't be quantized or trained.
+        VerificationError: The lowered model isn't the one that was quantized, or not in integers.
+    """
     assert plan.quantize is not None
     section = plan.quantize.section
-    training = plan.quantize.training(trial.seed)
-    asked = replace(candidate, quantize=how, training=training)
-    judged = work.pool.evaluate([asked])[0]
+    asked = replace(candidate, quantize=how, training=plan.quantize.training(seed))
+    judged = pool.evaluate([asked])[0]
     if judged.failure is not None or judged.weights is None:
-        raise EvaluationError(f"quantizing {trial.name} failed: {judged.failure}")
+        raise EvaluationError(f"quantizing {name} failed: {judged.failure}")
     final = candidate.trained(judged.weights)
-    test = work.pool.evaluate([final], "test")[0]
+    test = pool.evaluate([final], "test")[0]
     if test.failure is not None:
-        raise EvaluationError(f"evaluating {trial.name}, quantized, failed: {test.failure}")
-    float_model = final_model(plan, work.store.get(candidate.weights))
-    model = quantized_model(float_model, how, work.store.get(judged.weights).state)
+        raise EvaluationError(f"evaluating {name}, quantized, failed: {test.failure}")
+    float_model = final_model(plan, store.get(candidate.weights))
+    model = quantized_model(float_model, how, store.get(judged.weights).state)
     row = replace(
         last,
         name="quantized",
@@ -146,7 +182,6 @@ def _quantize(
         file_bytes=file_size(model),
         latency=(),
     )
-    place = plan.output / "results" / trial.name / "quantized"
     with staged(place) as folder:
         missing = write_quantized_files(plan, model, folder)
         lowered = None
@@ -154,7 +189,7 @@ def _quantize(
             lowered = lower_model(plan, how, model, float_model, folder)
     found = QuantizedResult(
         quantizer=plan.quantize.name,
-        bits=_bits(how),
+        bits=how.words(),
         weights=judged.weights,
         num_layers=len(how.choices),
         in_float=plan.quantize.floats,
@@ -162,8 +197,8 @@ def _quantize(
         no_calibration=missing,
     )
     if lowered is None:
-        return replace(trial, rows=(*trial.rows, row), quantized=found), None
-    seen = look(plan, model, lowered, trial.name)
+        return Quantized((row,), found, None)
+    seen = look(plan, model, lowered, name)
     found = replace(
         found,
         backend=lowered.backend,
@@ -183,31 +218,18 @@ def _quantize(
         score_test=seen.test,
         file_bytes=lowered.file_bytes,
     )
-    return replace(trial, rows=(*trial.rows, row, on_runtime), quantized=found), lowered
+    return Quantized((row, on_runtime), found, lowered)
 
 
-def _timed(
-    plan: Plan, trials: Sequence[TrialResult], lowered: Mapping[str, Lowered]
-) -> list[TrialResult]:
-    """The same with latency, all lowered models timed in turns."""
+def time_quantized(plan: Plan, made: Mapping[str, Quantized]) -> dict[str, Quantized]:
+    """The same with latency, all that were lowered timed in turns."""
+    lowered = {name: each.lowered for name, each in made.items() if each.lowered is not None}
     own, floats = time_lowered(plan, lowered)
-    done = []
-    for trial in trials:
-        if trial.name in own:
-            assert trial.quantized is not None
-            rows = (*trial.rows[:-1], replace(trial.rows[-1], latency=own[trial.name]))
-            quantized = replace(trial.quantized, float_latency=floats[trial.name])
-            trial = replace(trial, rows=rows, quantized=quantized)
-        done.append(trial)
-    return done
-
-
-def _bits(how: Quantization) -> str:
-    """Such as "W8 A8", or "W2-8 A8" where layers differ."""
-    words = []
-    for letter, part in (("W", "weight"), ("A", "input"), ("O", "output")):
-        known = sorted({b for _, bits in how.choices if (b := getattr(bits, part)) is not None})
-        if known:
-            ends = str(known[0]) if len(known) == 1 else f"{known[0]}-{known[-1]}"
-            words.append(f"{letter}{ends}")
-    return " ".join(words)
+    timed = dict(made)
+    for name in own:
+        *rows, last = made[name].rows
+        result = replace(made[name].result, float_latency=floats[name])
+        timed[name] = replace(
+            made[name], rows=(*rows, replace(last, latency=own[name])), result=result
+        )
+    return timed

@@ -166,7 +166,7 @@ def run_trial(
             report=figures.update,
         )
         pruner = build_pruner(payload["pruner"], "pruner")
-        pricer = Pricer(pool, shared.digest, shared.latency)
+        pricer = Pricer(pool, shared.digest, model, shared.latency)
         points = Recorder(points_path(shared.output, name), pricer, name)
 
         def on_step(_: int, trials: Sequence[Trial]) -> None:

@@ -97,7 +97,7 @@ def test_a_race_leaves_a_point_for_each_model_and_says_which_were_dropped(tmp_pa
     dropped = Trial(asked[0], executor.evaluate(asked[:1])[0].shards[:2], dropped=True)
     whole = Race(tuple(asked[1:]), confidence=0.999999).run(executor)
     path = tmp_path / "points.jsonl"
-    recorder = Recorder(path, Pricer(executor, problem.weights), "t")
+    recorder = Recorder(path, Pricer(executor, problem.weights, problem.model), "t")
     recorder.add(0, [dropped, *whole])
     recorder.add(1, [whole[0], Trial(asked[0], failure="it failed")])  # nothing new
     found = read_points(path)

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+from torch import nn
 
 from raycompress.errors import ConfigError
 from raycompress.quantization.quantizer import default_layers
-
-if TYPE_CHECKING:
-    from raycompress.pruning.pruner import Problem
+from raycompress.structure import Structure
 
 __all__ = ["BitCosts", "Choice", "LayerSize"]
 
 Choice = tuple[int, int | None]
-"""Bits of a layer's weight and of its input; None: the input stays in float."""
+"""Bits of a layer's weight (32: float) and of its input; None: the input stays in float."""
 
 CHANNEL = 9
 """Bytes beside the codes for each output channel, at most: a scale, a zero point, and the factor
@@ -60,15 +59,16 @@ class BitCosts:
     float_bit_ops: int
 
     @staticmethod
-    def of(problem: Problem, counts: Mapping[str, int] | None = None) -> BitCosts:
-        """Of a problem's model with kept counts; layers that share their weight stay in float.
+    def of(
+        model: nn.Module, structure: Structure, counts: Mapping[str, int] | None = None
+    ) -> BitCosts:
+        """Of a dense model with kept counts; layers that share their weight stay in float.
 
         Buffers count as the dense model's.
 
         Raises:
             ConfigError: No layer can be quantized.
         """
-        model, structure = problem.model, problem.structure
         shared = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
         rows = {row.name: row for row in structure.cost_table(counts)}
         layers = {}
@@ -98,7 +98,7 @@ class BitCosts:
         total = self.other_bytes
         for name, (bits, given) in choices.items():
             layer = self.layers[name]
-            total += -(-layer.weights * bits // 8) + CHANNEL * layer.channels
+            total += -(-layer.weights * bits // 8) + (CHANNEL * layer.channels if bits < 32 else 0)
             total += 0 if given is None else INPUT
         return total
 

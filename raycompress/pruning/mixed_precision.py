@@ -115,7 +115,7 @@ class MixedPrecision(Pruner):
     def search(self, problem: Problem) -> Search:
         """Yields what the pruner asks for, then all probes at once, then the race."""
         self._check(problem)
-        costs = BitCosts.of(problem)
+        costs = BitCosts.of(problem.model, problem.structure)
         if not self.pruner:
             self._limits(costs)  # refuses what can't be met before anything is asked
         bases = yield from self._bases(problem)
@@ -124,7 +124,7 @@ class MixedPrecision(Pruner):
         proposals: list[Candidate] = []
         reason: BudgetError | None = None
         for base, counts in bases:
-            costs = BitCosts.of(problem, counts)
+            costs = BitCosts.of(problem.model, problem.structure, counts)
             try:
                 found = self._allocations(costs, losses, rng)
             except BudgetError as error:
@@ -144,7 +144,7 @@ class MixedPrecision(Pruner):
 
     def may_find(self, problem: Problem) -> Sequence[Quantization]:
         """Every choice of bits, given to all layers."""
-        layers = BitCosts.of(problem).layers
+        layers = BitCosts.of(problem.model, problem.structure).layers
         return [self._quantization(dict.fromkeys(layers, each)) for each in self._choices()]
 
     def shared(self, problem: Problem) -> Generator[Asked, list[Trial], None]:
@@ -182,7 +182,7 @@ class MixedPrecision(Pruner):
 
         At least 0, and no smaller with fewer bits.
         """
-        names, choices = list(BitCosts.of(problem).layers), self._choices()
+        names, choices = list(BitCosts.of(problem.model, problem.structure).layers), self._choices()
         shards = problem.first_shards(self.share)
         asked = [
             Candidate(problem.weights, shards=shards, quantize=self._quantization({name: choice}))

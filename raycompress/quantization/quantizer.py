@@ -163,6 +163,16 @@ class Quantization:
                     f"which has {steps} steps; train longer or start earlier"
                 )
 
+    def words(self) -> str:
+        """Bits of all layers, such as "W8 A8", or "W2-8 A8" where layers differ."""
+        words = []
+        for letter, part in (("W", "weight"), ("A", "input"), ("O", "output")):
+            known = sorted({b for _, bits in self.choices if (b := getattr(bits, part))})
+            if known:
+                ends = str(known[0]) if len(known) == 1 else f"{known[0]}-{known[-1]}"
+                words.append(f"{letter}{ends}")
+        return " ".join(words)
+
     def key(self) -> dict[str, Any]:
         """Plain data for keys and files."""
         return {

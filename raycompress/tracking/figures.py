@@ -174,14 +174,16 @@ AXES = {
     "macs": "multiply-adds",
     "params": "parameters",
     "latency_ms": "predicted latency",
+    "size_bytes": "bytes",
 }
 
 
 def pareto_figure(result: JobResult, points: Sequence[Point]) -> Figure:
     """Validation score of everything evaluated against its cost, and the fronts.
 
-    One panel for each resource; costs are fractions of the dense model's. The scale of scores is
-    that of fronts and final models; what is far below stands at its lower end.
+    One panel for each resource; costs are fractions of the dense model's. Models with bits stand in
+    that of bytes alone. The scale of scores is that of fronts and final models; what is far below
+    stands at its lower end.
     """
     studies = {row.name: row.study for row in result.samples}
     points = [  # the samples of a study look alike
@@ -189,6 +191,8 @@ def pareto_figure(result: JobResult, points: Sequence[Point]) -> Figure:
         for p in points
     ]
     resources = [r for r in AXES if any(getattr(p, r) is not None for p in points)]
+    if not any(p.bits for p in points):  # in float, bytes tell what parameters do
+        resources = [r for r in resources if r != "size_bytes"]
     figure = Figure(figsize=(1.2 + 3.6 * len(resources), 4.9), layout="constrained")
     num = len({p.id for p in points})
     figure.suptitle(
@@ -217,6 +221,8 @@ def _panel(
     axes: Axes, resource: str, points: Sequence[Point], low: float, studies: Set[str]
 ) -> None:
     dense = next(p for p in points if p.stage == "dense")
+    if resource != "size_bytes":
+        points = [p for p in points if not p.bits]
     whole = max(getattr(dense, resource), 1e-12)
 
     def draw(some: Sequence[Point], marker: str, **style: Any) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from raycompress.results import JobResult, Latency, ModelRow, TrialResult
+from raycompress.tracking.cells import markdown_row
 
 __all__ = ["quantized_section", "quantized_table"]
 
@@ -37,7 +38,11 @@ def quantized_section(result: JobResult) -> list[str]:
     header, rows = _cells(result)
     if rows:
         parts += [f"## {_title(result)}", ""]
-        parts += [_row(header), _row(["---"] * len(header)), *map(_row, rows)]
+        parts += [
+            markdown_row(header),
+            markdown_row(["---"] * len(header)),
+            *map(markdown_row, rows),
+        ]
         parts += [
             "",
             "Float and quantized models are timed in turns on one runtime and one device. In "
@@ -136,7 +141,3 @@ def _score(row: ModelRow) -> str:
 
 def _size(num_bytes: int) -> str:
     return f"{num_bytes / 1e3:.1f} kB"
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"

@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 
 from rich.table import Table
 
 from raycompress.results import JobResult, Limit, ModelRow, TrialResult
+from raycompress.tracking.cells import markdown_row, number
+from raycompress.tracking.front_report import front_section, front_tables
 from raycompress.tracking.quantized_report import quantized_section, quantized_table
 
-__all__ = ["cost_table", "front_table", "models_table", "report_markdown", "report_table", "tables"]
-
-FRONT_ROWS = 12
-"""Points of a front that are shown; they are spread evenly over it."""
-
-
-def _materialize(result: JobResult) -> str:
-    return f"raycompress materialize {shlex.quote(result.output)} --point ID"
-
-
-def _number(value: float) -> str:
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value:g}"
+__all__ = ["cost_table", "models_table", "report_markdown", "report_table", "tables"]
 
 
 def _header(name: str, dense: ModelRow) -> list[str]:
@@ -68,8 +55,8 @@ def _cells(row: ModelRow, label: str, dense: ModelRow) -> list[str]:
         label,
         score(row.score_validation),
         score(row.score_test),
-        _number(params) + share(params, dense.params),
-        _number(row.macs) + share(row.macs, dense.macs),
+        number(params) + share(params, dense.params),
+        number(row.macs) + share(row.macs, dense.macs),
         *latency,
         f"{row.file_bytes / 1e3:.0f} kB" + share(row.file_bytes, dense.file_bytes),
     ]
@@ -99,7 +86,7 @@ def tables(result: JobResult) -> list[Table]:
     """All that a terminal is shown."""
     quantized = quantized_table(result)
     found = [report_table(result), *([] if quantized is None else [quantized])]
-    return [*found, *([front_table(result)] if result.front else []), cost_table(result)]
+    return [*found, *front_tables(result), cost_table(result)]
 
 
 def report_table(result: JobResult) -> Table:
@@ -131,47 +118,6 @@ def models_table(title: str, score_name: str, rows: Sequence[ModelRow]) -> Table
     return table
 
 
-def _front(result: JobResult) -> tuple[list[str], list[list[str]], int]:
-    """Header, rows, and how many of the points on a front of score against MACs are left out."""
-    points = [p for p in result.front if "macs" in (*p.fronts, *p.search_fronts)]
-    last = len(points) - 1
-    chosen = points
-    if last >= FRONT_ROWS:
-        chosen = [points[round(i * last / (FRONT_ROWS - 1))] for i in range(FRONT_ROWS)]
-    timed = any(p.latency_ms is not None for p in chosen)
-    header = ["id", "trial", "model", "on the front", result.score_name, "MACs", "parameters"]
-    header += ["predicted ms"] if timed else []
-    kinds = {"dense": "dense", "final": "final", "search": "before recovery"}
-    marks = {(True, True): "both", (True, False): "of all", (False, True): "before recovery"}
-    rows = []
-    for p in chosen:
-        mark = marks["macs" in p.fronts, "macs" in p.search_fronts]
-        row = [p.id, p.trial, kinds[p.stage], mark, f"{p.score:.4f}"]
-        row += [_number(p.macs), _number(p.params)]
-        if timed:
-            row.append("-" if p.latency_ms is None else f"{p.latency_ms:.2f}")
-        rows.append(row)
-    return header, rows, len(points) - len(chosen)
-
-
-def front_table(result: JobResult) -> Table:
-    """The front of everything that was evaluated, for a terminal."""
-    header, rows, more = _front(result)
-    table = Table(
-        title=f"Fronts of {result.num_points} evaluated models, validation data",
-        title_justify="left",
-        title_style="bold",
-        caption=(f"{more} more, and everything else, in " if more else "everything is in ")
-        + f"results/pareto.parquet; {_materialize(result)}",
-        caption_justify="left",
-    )
-    for index, name in enumerate(header):
-        table.add_column(name, justify="left" if index < 4 else "right", no_wrap=index == 0)
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
 LOWERED = (
     " Quantized: with the numbers that integers would have, in float. Lowered: on its runtime, "
     "whose times are compared with those of float models on the same one below."
@@ -199,38 +145,16 @@ def cost_table(result: JobResult) -> Table:
     return table
 
 
-def _front_section(result: JobResult) -> list[str]:
-    header, rows, more = _front(result)
-    if not rows:
-        return []
-    parts = [
-        "## Front",
-        "",
-        f"Of {result.num_points} models that were evaluated, those that no other beats in "
-        f"{result.score_name} (validation data) and MACs: among all of them, and among those "
-        f"before recovery{f' ({more} more are not shown)' if more else ''}. Everything is in "
-        "`pareto.parquet`, with the fronts by parameters and predicted latency.",
-        "",
-        _row(header),
-        _row(["---"] * len(header)),
-        *(_row([f"`{row[0]}`", *row[1:]]) for row in rows),
-        "",
-        "Any of them as a verified model, without searching again:",
-        "",
-        "```bash",
-        f"{_materialize(result)}    # --recover: fine-tuned as well",
-        "```",
-        "",
-    ]
-    return parts
-
-
 def report_markdown(result: JobResult) -> str:
     """The report as Markdown."""
     result = _first(result)
     header = _header(result.score_name, result.dense)
     parts = [f"# {result.name}", ""]
-    parts += [_row(header), _row(["---"] * len(header)), *(_row(line) for line in _lines(result))]
+    parts += [
+        markdown_row(header),
+        markdown_row(["---"] * len(header)),
+        *(markdown_row(line) for line in _lines(result)),
+    ]
     parts += [
         "",
         "Masked: parameters are those that aren't zero. Slim: really smaller; times are beside "
@@ -240,13 +164,13 @@ def report_markdown(result: JobResult) -> str:
         "",
     ]
     parts += quantized_section(result)
-    parts += _front_section(result)
+    parts += front_section(result)
     for trial in result.trials:
         parts += _trial(trial)
     parts += _samples(result)
-    parts += ["## Cost", "", _row(COST_HEADER), _row(["---"] * len(COST_HEADER))]
+    parts += ["## Cost", "", markdown_row(COST_HEADER), markdown_row(["---"] * len(COST_HEADER))]
     parts += [
-        *(_row(row) for row in _costs(result)),
+        *(markdown_row(row) for row in _costs(result)),
         "",
         "DFE: dense-forward equivalents; 1 is one pass of the dense model over the validation "
         "data. A search is charged for all that it asked for, also what the ledger answered; the "
@@ -280,8 +204,8 @@ def _trial(trial: TrialResult) -> list[str]:
     for limit in trial.limits:
         verdict = "met" if limit.met else "NOT met"
         lines.append(
-            f"- Budget {limit.resource} {limit.asked}: {_number(limit.measured)} of at most "
-            f"{_number(limit.limit)}, {verdict}{_prediction(limit)}"
+            f"- Budget {limit.resource} {limit.asked}: {number(limit.measured)} of at most "
+            f"{number(limit.limit)}, {verdict}{_prediction(limit)}"
         )
     if trial.verification is not None:
         reasons = "; ".join(trial.verification.reasons)
@@ -317,13 +241,13 @@ def _samples(result: JobResult, most: int = 20) -> list[str]:
         names = list(dict.fromkeys(name for row in rows for name in row.settings))
         parts += [f"## Samples of {study}", "", f"{len(rows)} samples: {counts}.", ""]
         header = ["sample", result.score_name, "loss", "MACs", "parameters", *names]
-        parts += [_row(header), _row(["---"] * len(header))]
+        parts += [markdown_row(header), markdown_row(["---"] * len(header))]
         for row in ends[:most]:
             name = f"**{row.name}**" if row.best else row.name
             figures = [f"{row.score or 0.0:.4f}", f"{row.loss or 0.0:.4f}"]
-            costs = [_number(row.macs or 0.0), _number(row.params or 0.0)]
+            costs = [number(row.macs or 0.0), number(row.params or 0.0)]
             chosen = [_setting(row.settings.get(key, "")) for key in names]
-            parts.append(_row([name, *figures, *costs, *chosen]))
+            parts.append(markdown_row([name, *figures, *costs, *chosen]))
         more = f" (the first {most} here)" if len(ends) > most else ""
         parts += ["", f"Bold: no other is better. All are in samples.csv{more}.", ""]
     return parts
@@ -337,8 +261,4 @@ def _prediction(limit: Limit) -> str:
     if limit.predicted is None:
         return ""
     off = 100 * (limit.predicted / limit.measured - 1)
-    return f" (the search counted with {_number(limit.predicted)}, {off:+.1f} % off)"
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+    return f" (the search counted with {number(limit.predicted)}, {off:+.1f} % off)"

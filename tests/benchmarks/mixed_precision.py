@@ -88,7 +88,7 @@ def run(seed: int, output: Path) -> Rows:
         store=store,
         seed=seed,
     )
-    costs = BitCosts.of(problem)
+    costs = BitCosts.of(problem.model, problem.structure)
     rows: Rows = {}
 
     def add(name: str, candidate: Candidate, cost: float = 0.0) -> int:

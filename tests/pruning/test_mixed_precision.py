@@ -100,7 +100,7 @@ def test_the_program_is_brute_force(seed, num, inputs):
 
 def test_costs_by_hand(tmp_path):
     problem, _ = toy_problem(str(tmp_path))
-    costs = BitCosts.of(problem)
+    costs = BitCosts.of(problem.model, problem.structure)
     assert costs.layers == {
         "conv1": LayerSize(2 * 8 * 9, 8, 2 * 8 * 9 * 36),
         "conv2": LayerSize(8 * 8 * 9, 8, 8 * 8 * 9 * 36),
@@ -119,7 +119,7 @@ def test_costs_by_hand(tmp_path):
         macs[0] * 64 + macs[1] * 4 * 32 + macs[2] * 3 * 8 + macs[3] * 2 * 4
     )
     assert costs.float_bit_ops == sum(macs) * 1024 and costs.other_macs == 0
-    half = BitCosts.of(problem, {"conv3": 8})
+    half = BitCosts.of(problem.model, problem.structure, {"conv3": 8})
     assert half.layers["conv3"] == LayerSize(8 * 8 * 9, 8, 8 * 8 * 9 * 9)
     assert half.layers["fc"] == LayerSize(8 * 3, 3, 8 * 3)
     assert half.float_size == costs.float_size
@@ -133,7 +133,7 @@ def test_the_packed_file_is_of_that_size(tmp_path):
     path = tmp_path / "model.safetensors"
     save_packed(model, path, how.quantizer, dict(how.choices))
     stored = sum(tensor.nbytes for tensor in load_file(path).values())
-    costs = BitCosts.of(problem)
+    costs = BitCosts.of(problem.model, problem.structure)
     said = costs.size({name: (bits.weight, bits.input) for name, bits in how.choices})
     assert said <= 0.2 * costs.float_size
     # No norm's factors are stored, since no norm is folded here.
@@ -201,7 +201,7 @@ def test_losses_are_those_above_float_and_never_rise_with_bits(tmp_path):
 
 def test_limits_and_what_cant_be_met(tmp_path):
     problem, executor = toy_problem(str(tmp_path))
-    costs = BitCosts.of(problem)
+    costs = BitCosts.of(problem.model, problem.structure)
     for limit in ({"size": "20%"}, {"bit_ops": "2%"}, {"size": 1800}, {"bit_ops": 1e6}):
         asked, _ = _asked(MixedPrecision(**limit), problem, executor)
         for candidate in asked[-1].candidates:
@@ -226,7 +226,7 @@ def test_pruned_and_quantized_in_one_candidate(tmp_path):
     stored = problem.store.get(trial.trained())
     assert stored.kept and stored.quantization == winner.quantize.key()
     assert executor.evaluate([Candidate(trial.trained())])[0].shards == trial.shards
-    costs = BitCosts.of(problem, winner.counts)
+    costs = BitCosts.of(problem.model, problem.structure, winner.counts)
     choices = {name: (bits.weight, bits.input) for name, bits in winner.quantize.choices}
     assert costs.size(choices) <= 0.15 * costs.float_size
 
@@ -263,10 +263,9 @@ class Tied(nn.Module):
 
 
 def test_layers_that_share_a_weight_stay_in_float(tmp_path):
-    problem, _ = toy_problem(str(tmp_path))
     model = Tied().eval()
     structure = analyze(model, (torch.randn(2, 6),), form="module")
-    costs = BitCosts.of(replace(problem, model=model, structure=structure))
+    costs = BitCosts.of(model, structure)
     assert set(costs.layers) == {"out"}
     assert costs.other_bytes == 4 * (36 + 6 + 6 + 3)
     assert costs.other_macs == 72
