@@ -146,6 +146,26 @@ def test_validate_says_what_will_be_done_and_does_nothing(job, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_inits_quantize_section_is_a_job_that_validates(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "task", raising=False)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert CliRunner().invoke(app, ["init"]).exit_code == 0
+    job = tmp_path / "job.yaml"
+    before, section = job.read_text().split("# quantize:")
+    section, after = section.split("\n\n", 1)
+    section = section.replace("\n# ", "\n")
+    job.write_text(f"{before}quantize:{section}\n\n{after}")
+    done = CliRunner().invoke(app, ["validate", "job.yaml"])
+    assert done.exit_code == 0, done.output
+    assert "then    PTQ of 3 layers, lowered to onnx\n" in done.stdout
+    trained = job.read_text().replace("type: PTQ", "type: QAT").replace("# training", "training")
+    job.write_text(trained)
+    done = CliRunner().invoke(app, ["validate", "job.yaml"])
+    assert done.exit_code == 0, done.output
+    assert "then    QAT of 3 layers, lowered to onnx\n" in done.stdout
+
+
 def test_init_overwrites_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert CliRunner().invoke(app, ["init", "demo"]).exit_code == 0
