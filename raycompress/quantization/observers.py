@@ -192,6 +192,13 @@ class Entropy(_Histogram):
     compared with themselves quantized to as many levels as a magnitude has; bins that are empty
     stay so. Values of both signs share one threshold. The bin of the zeros is left out, as in the
     code that followed the talk: after a ReLU it would outweigh all others.
+
+    Beyond the paper, other values that come very often are treated alike: no bin counts more than
+    what is usual around it. Such a value (an image's background, and what each channel makes of it)
+    is one bin, which one level stands for however wide the range is; the divergence takes it for a
+    peak that coarser levels smear, and cuts the range just above it, since it doesn't ask how far
+    what is cut off was away. The published algorithm keeps 0.43 of 2.8 and 0.50 of 2.9 of the
+    inputs of a trained MNIST net's convolutions, and loses 6.8 points of its accuracy.
     """
 
     def _range(self, bits: int) -> tuple[float, float]:
@@ -200,10 +207,23 @@ class Entropy(_Histogram):
         levels = 2 ** (bits - 1) if signed else 2**bits
         magnitudes = (positive + negative).double()
         magnitudes[0] = 0
-        fullest = int(magnitudes.argmax())
-        magnitudes[fullest] = 0
-        threshold = max(best_threshold(magnitudes, levels), fullest + 1) * self.width
+        threshold = best_threshold(capped(magnitudes, levels), levels) * self.width
         return max(self.low, -threshold), min(self.high, threshold)
+
+
+def capped(counts: Tensor, levels: int) -> Tensor:
+    """Counts, none above the median of the filled bins within one level's width of it.
+
+    Args:
+        counts: Values in each bin, from 0 on.
+        levels: That all filled bins are quantized to.
+    """
+    filled = counts.nonzero().flatten()
+    reach = -(-(int(filled[-1]) + 1) // levels) if len(filled) else 1
+    empty = torch.full((reach,), math.nan, dtype=torch.float64)
+    known = torch.cat([empty, torch.where(counts > 0, counts.double(), math.nan), empty])
+    usual = known.unfold(0, 2 * reach + 1, 1).nanmedian(1).values.nan_to_num()
+    return torch.minimum(counts.double(), usual)
 
 
 def best_threshold(counts: Tensor, levels: int) -> int:

@@ -10,6 +10,7 @@ from raycompress.quantization.observers import (
     MinMax,
     Percentile,
     best_threshold,
+    capped,
 )
 
 
@@ -62,6 +63,25 @@ def test_entropy_keeps_what_lies_beyond_a_value_that_is_very_frequent() -> None:
         observer.observe(torch.cat([spread, torch.full((50000,), frequent)]))
         low, high = observer.range(8)
         assert low <= min(frequent, 0) and high >= max(frequent, 1.9)
+
+
+def test_no_bin_counts_more_than_is_usual_within_a_level_of_it() -> None:
+    # Eight bins to four levels, which are two bins wide: windows are five bins.
+    counts = torch.tensor([0, 2, 3, 90, 4, 0, 0, 7])
+    # Of 90: (2, 3, 90, 4), without the empty one; of two in the middle the smaller.
+    assert capped(counts, 4).tolist() == [0, 2, 3, 3, 4, 0, 0, 7]
+    assert capped(torch.tensor([0, 0, 9, 0]), 4).tolist() == [0, 0, 9, 0]  # alone
+    assert capped(torch.zeros(4), 2).tolist() == [0, 0, 0, 0]
+
+
+def test_entropy_is_not_misled_by_constants_of_a_background() -> None:
+    # As behind a convolution of images: each channel has its own constant, the rest is spread.
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.rand(20000, generator=generator).pow(2) * 2.9
+    constants = torch.rand(30, generator=generator) * 0.45
+    observer = OBSERVERS["entropy"]()
+    observer.observe(torch.cat([spread, constants.repeat_interleave(5000)]))
+    assert observer.range(8)[1] > 2.6
 
 
 def test_errors() -> None:
