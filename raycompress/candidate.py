@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -26,6 +27,12 @@ def digest_of(value: Any) -> str:
     """SHA-256 of a value's canonical JSON, as 16 hex digits."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _pair(name: str, count: int) -> tuple[str, int]:
+    """One object for all candidates that hold it: they are most of what many of these take."""
+    return name, count
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,7 @@ class Training:
         return self.steps / steps_per_epoch if self.steps else self.epochs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Candidate:
     """One model to judge: small, plain data, never weights.
 
@@ -124,7 +131,7 @@ class Candidate:
     ) -> Candidate:
         """A candidate from kept counts; counts that remove nothing are left out."""
         kept = tuple(
-            (name, int(count))
+            _pair(name, int(count))
             for name, count in sorted(counts.items())
             if count < len(ranking.orders[name])
         )
@@ -191,7 +198,7 @@ class Candidate:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Shard:
     """Sums over one validation shard.
 
@@ -206,7 +213,7 @@ class Shard:
     loss: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Trial:
     """The answer to a candidate.
 
