@@ -5,9 +5,11 @@
 The residual net with 24,000 training images, 8 epochs; weights are trained once for each seed, or
 taken from the output of quantizers.py, which has them under the same name. Inputs have 8 bits
 everywhere. Equal bits are PTQ's; MixedPrecision may use 2 to 8 bits and as many bytes as the row of
-equal bits takes. The search looks at validation data alone; the test split is scored once for each
-row and selects nothing. Cost is in passes of the dense model over the validation split; probes
-count in the first of a seed's searches alone, since all limits share them.
+equal bits takes. At the same bytes the dense model is also pruned by CurveSolver and then has 8
+bits everywhere, and MixedPrecision may choose among the dense model and two widths of it. The
+search looks at validation data alone; the test split is scored once for each row and selects
+nothing. Cost is in passes of the dense model over the validation split; probes count in the first
+of a seed's searches alone, since all limits share them. Finished rows are kept in OUTPUT.
 """
 
 from __future__ import annotations
@@ -15,15 +17,20 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from jobs.tasks.fashion import Fashion
+from raycompress.budget import Budget
 from raycompress.candidate import Candidate
 from raycompress.local import LocalExecutor
-from raycompress.pruning import MixedPrecision, Problem
+from raycompress.pruning import CurveSolver, MixedPrecision, Problem
 from raycompress.pruning.bit_costs import BitCosts
 from raycompress.quantization import PTQ, Quantization
 from raycompress.quantization.quantizer import Bits
@@ -34,12 +41,16 @@ from raycompress.weights import Weights, WeightStore
 
 EPOCHS = 8
 EQUAL = (8, 5, 4, 3)
+ALL = (8, 7, 6, 5, 4, 3, 2)
+PRUNED = (4, 3)
+"""Bytes at which pruning takes part: of so many bits everywhere."""
+WIDTHS = (1.0, 0.8, 0.6)
 
 Rows = dict[str, tuple[float, float, float]]
 
 
 def main() -> None:
-    """Runs the seeds whose file isn't there, and writes the table."""
+    """Makes the rows that aren't there, and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("output", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -48,10 +59,7 @@ def main() -> None:
     torch.set_num_threads(1)
     found: list[Rows] = []
     for seed in options.seeds:
-        path = options.output / f"seed{seed}.json"
-        if not path.exists():
-            path.write_text(json.dumps(run(seed, options.output), indent=1))
-        found.append(json.loads(path.read_text()))
+        found.append(run(seed, options.output, options.output / f"seed{seed}.json"))
     lines = ["| | bytes, % of float | test, % | cost |", "|---|---|---|---|"]
     for name in found[0]:
         sizes, tests, costs = zip(*(rows[name] for rows in found), strict=True)
@@ -65,8 +73,11 @@ def main() -> None:
     print(text)
 
 
-def run(seed: int, output: Path) -> Rows:
-    """The rows of one seed: name -> bytes of the float model's, test score, cost of the search."""
+def run(seed: int, output: Path, path: Path) -> Rows:
+    """The rows of one seed: name -> bytes of the float model's, test score, cost of the search.
+
+    Those in the file at `path` aren't made again.
+    """
     task = Fashion(model="residual", size=14, num_train=24_000)
     trained = output / f"14x14-seed{seed}-residual.safetensors"
     torch.manual_seed(seed)
@@ -88,35 +99,59 @@ def run(seed: int, output: Path) -> Rows:
         store=store,
         seed=seed,
     )
-    costs = BitCosts.of(problem.model, problem.structure)
-    rows: Rows = {}
+    rows: Rows = json.loads(path.read_text()) if path.exists() else {}
+    whole = BitCosts.of(model, structure)
 
-    def add(name: str, candidate: Candidate, cost: float = 0.0) -> int:
-        """Judges a row; returns its bytes."""
+    def size(candidate: Candidate) -> int:
         how = candidate.quantize
-        size = costs.float_size
-        if how is not None:
-            size = costs.size({n: (bits.weight or 32, bits.input) for n, bits in how.choices})
-        score = executor.evaluate([candidate], "test")[0].score
-        rows[name] = (size / costs.float_size, score, cost)
-        print(seed, name, rows[name], flush=True)
-        return size
+        if how is None:
+            return whole.float_size
+        costs = BitCosts.of(model, structure, executor.counts(candidate))
+        return costs.size({n: (bits.weight or 32, bits.input) for n, bits in how.choices})
 
-    add("float", Candidate(digest))
+    def add(name: str, find: Callable[[], Candidate]) -> None:
+        """Judges a row, unless it is there."""
+        if name in rows:
+            return
+        before = executor.dfe
+        candidate = find()
+        spent = executor.dfe - before
+        score = executor.evaluate([candidate], "test")[0].score
+        rows[name] = (size(candidate) / whole.float_size, score, spent)
+        path.write_text(json.dumps(rows, indent=1))
+        print(seed, name, rows[name], flush=True)
+
+    def equal(bits: int, of: Candidate) -> Candidate:
+        choices = dict.fromkeys(whole.layers, Bits(weight=bits, input=8))
+        return replace(of, quantize=Quantization.of(PTQ(), choices))
+
+    def mixed(**settings: Any) -> Candidate:
+        return run_search(MixedPrecision(**settings).search(problem), executor)
+
+    def pruned(limit: int) -> Candidate:
+        """The widest in whole percents of the parameters that takes so many bytes in 8 bits."""
+        for percent in range(100 * limit // size(equal(8, dense)), 0, -1):
+            kept = replace(problem, budget=Budget.of({"params": f"{percent}%"}))
+            found = equal(8, run_search(CurveSolver().search(kept), executor))
+            if size(found) <= limit:
+                return found
+        raise AssertionError(limit)
+
+    dense = Candidate(digest)
+    add("float", lambda: dense)
     for bits in EQUAL:
-        choices = dict.fromkeys(costs.layers, Bits(weight=bits, input=8))
-        equal = Candidate(digest, quantize=Quantization.of(PTQ(), choices))
-        size = add(f"{bits} bits everywhere", equal)
+        add(f"{bits} bits everywhere", partial(equal, bits, dense))
         if bits == 8:
             continue
-        before = executor.dfe
-        for kind in ((8, 7, 6, 5, 4, 3, 2), (8, 4, 2)):
-            pruner = MixedPrecision(size=float(size), weight_bits=kind)
-            winner = run_search(pruner.search(problem), executor)
-            names = "2 to 8" if len(kind) > 3 else "2, 4 or 8"
-            spent = executor.dfe - before
-            add(f"{names} bits, bytes of {bits}", winner, spent)
-            before = executor.dfe
+        limit = size(equal(bits, dense))
+        given = {"size": float(limit), "weight_bits": ALL}
+        few = {**given, "weight_bits": (8, 4, 2)}
+        add(f"2 to 8 bits, bytes of {bits}", partial(mixed, **given))
+        add(f"2, 4 or 8 bits, bytes of {bits}", partial(mixed, **few))
+        if bits in PRUNED:
+            both = {"pruner": "CurveSolver", "widths": WIDTHS, **given}
+            add(f"pruned, then 8 bits, bytes of {bits}", partial(pruned, limit))
+            add(f"pruned and 2 to 8 bits, bytes of {bits}", partial(mixed, **both))
     return rows
 
 
