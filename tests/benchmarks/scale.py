@@ -156,6 +156,7 @@ def pool(replicas: int, num: int, folder: Path) -> tuple[Measured, float, float]
         trials: list[Trial] = []
         measured = timed(lambda: trials.extend(executor.evaluate(asked)))
         assert executor.num_lost == 0 and len(ledger) == num + len(warm)
+        assert all(trial.score == 0.5 for trial in trials)
         pids = [probe["pid"] for probe in ray.get([r.probe.remote([]) for r in executor.replicas])]
         memory = max(resident(pid) for pid in pids)
     return measured, sum(trial.seconds for trial in trials), memory

@@ -1,4 +1,4 @@
-"""Replicas beyond the reserved ones, on nodes that come and go in mid-search."""
+"""Nodes that join: replicas beyond the reserved ones, in mid-search, and target devices."""
 
 from __future__ import annotations
 
@@ -107,3 +107,15 @@ def test_extra_replicas_come_with_a_node_and_go_when_asked_and_with_it(
     # A pool without them says the same of itself: extra ones did work.
     records = read_ledger(toy.folder / "ledger")
     assert len({record["worker"] for record in records}) >= 3
+
+
+def test_latency_is_measured_at_the_target_device(toy: Toy, growing: Cluster) -> None:
+    memory = 100_000_000
+    growing.add_node(num_cpus=4, object_store_memory=memory)
+    phone = growing.add_node(num_cpus=1, resources={"phone": 1}, object_store_memory=memory)
+    growing.wait_for_nodes()
+    one = ClusterConfig(replicas=1, cpus=1)
+    with ReplicaPool(toy.spec(), one, resources={"phone": 1}) as pool:
+        rows = pool.latency({"dense": Candidate(toy.digest)}, (1, 2), 3)
+        assert [(row.batch_size, row.repeats) for row in rows] == [(1, 3), (2, 3)]
+        assert [slot.node for slot in pool._slots] == [phone.node_id]
