@@ -21,7 +21,7 @@ from raycompress.task import Task
 
 __all__ = ["INTEGERS", "QuantizePlan", "check_found_bits", "plan_quantize"]
 
-INTEGERS = ("onnx",)
+INTEGERS = ("onnx", "inductor")
 """Backends that compute in integers: in 8 bits, and in no other number of them."""
 
 

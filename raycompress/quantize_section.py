@@ -19,8 +19,9 @@ class QuantizeSection:
         config_list: Which layers, which of their parts, and bits (NNI's config_list); empty: as
             the quantizer chooses.
         training: Of the quantized model, with the task's own loop; None: it is calibrated alone.
-        lower: Where it ends: "onnx" computes in integers; "packed": a file with as many bits as
-            weights have, which runs in simulation; "none": it stays simulated.
+        lower: Where it ends: "onnx" computes in integers on onnxruntime, "inductor" by torch's own
+            compiler on x86; "packed": a file with as many bits as weights have, which runs in
+            simulation; "none": it stays simulated.
         batches: Calibration batches, of the task's batch size.
         dense: Quantize the dense model as well, beside the pruned ones; without pruners it is.
     """

@@ -524,6 +524,13 @@ CASES = {
         f"FILE, line 9: quantize.lower must be one of {', '.join((*BACKENDS, 'none'))}, got "
         "'tflite'",
     ),
+    "bits that onnxruntime has no kernel for": (
+        [],
+        "quantize: {type: LSQ, lower: onnx}\n",
+        [],
+        "FILE, line 9: quantize.lower: onnx computes in 8 bits, and the weight of 'conv2' has 4; "
+        "lower: packed stores any number of bits, and runs in simulation",
+    ),
 }
 
 

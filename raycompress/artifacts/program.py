@@ -16,6 +16,9 @@ from typing import Any
 
 import torch
 
+# Registers the operators of quantized programs.
+import torch.ao.quantization.fx._decomposed
+
 __all__ = ["NAMESPACES", "UnsafeProgram", "checked_program", "namespaces_of"]
 
 # Operators that compute on tensors and nothing else.

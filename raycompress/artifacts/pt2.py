@@ -26,7 +26,7 @@ from raycompress.artifacts.export import (
 from raycompress.artifacts.program import namespaces_of
 from raycompress.errors import ArtifactError
 
-__all__ = ["load_pt2", "save_pt2"]
+__all__ = ["load_program", "load_pt2", "save_program", "save_pt2"]
 
 
 def save_pt2(
@@ -53,14 +53,44 @@ def save_pt2(
         ArtifactError: torch.export can't export the model.
         VerificationError: the program computes something else.
     """
-    path, model = Path(path), portable(model)
+    model = portable(model)
     program, inputs, reason = exported(model, Inputs.of(example_inputs))
+    return save_program(
+        program, inputs, path, model, name=type(model).__name__, reason=reason, kept=kept
+    )
+
+
+def save_program(
+    program: torch.export.ExportedProgram,
+    inputs: Inputs,
+    path: str | Path,
+    model: nn.Module,
+    *,
+    name: str,
+    reason: str = "",
+    kept: Mapping[str, int] | None = None,
+) -> Saved:
+    """Writes a program as `save_pt2` does, and compares what is loaded with `model`.
+
+    Args:
+        program: its example inputs are dropped.
+        inputs: that it was traced with.
+        path: of the file, ending in .pt2.
+        model: computes the same.
+        name: of the model's class, for the metadata.
+        reason: why the batch size is fixed, "" if it isn't.
+        kept: as for `save_pt2`.
+
+    Raises:
+        VerificationError: what is loaded computes something else.
+    """
+    path = Path(path)
     metadata = json.dumps(
         {
             "format": 1,
             "raycompress": raycompress.__version__,
             "torch": torch.__version__,
-            "model": type(model).__name__,
+            "model": name,
             "dynamic_batch": not reason,
             "inputs": [
                 {
@@ -74,7 +104,7 @@ def save_pt2(
                 for key, value in tree_leaves_with_path((inputs.args, inputs.kwargs))
                 if isinstance(value, Tensor)
             ],
-            "kept": {name: int(count) for name, count in (kept or {}).items()},
+            "kept": {group: int(count) for group, count in (kept or {}).items()},
         }
     )
     namespaces = namespaces_of(program)
@@ -85,7 +115,7 @@ def save_pt2(
     partial = path.with_name(f"{path.name}.partial")
     partial.write_bytes(clean.getbuffer())
     try:
-        loaded = _load(partial, path, namespaces)
+        _, loaded = _load(partial, path, namespaces)
         compare(model, loaded, inputs, dynamic_batch=not reason)
         os.replace(partial, path)
     finally:
@@ -107,16 +137,30 @@ def load_pt2(path: str | Path, *, operators: Collection[str] = ()) -> nn.Module:
     Raises:
         ArtifactError: the file is damaged, would be unpickled, or could run other code.
     """
-    return _load(Path(path), Path(path), operators)
+    _, module = _load(Path(path), Path(path), operators)
+    return module
 
 
-def _load(path: Path, shown: Path, operators: Collection[str]) -> nn.Module:
+def load_program(path: str | Path) -> torch.export.ExportedProgram:
+    """As `load_pt2`: the program, with its arithmetic as it was traced.
+
+    Raises:
+        ArtifactError: as for `load_pt2`.
+    """
+    program, _ = _load(Path(path), Path(path), ())
+    return program
+
+
+def _load(
+    path: Path, shown: Path, operators: Collection[str]
+) -> tuple[torch.export.ExportedProgram, nn.Module]:
     clean, metadata = clean_archive(path, shown, operators)
     try:
-        module = torch.export.load(clean).module()
+        program = torch.export.load(clean)
+        module = program.module()
     except Exception as error:  # torch raises all kinds for a program that makes no sense
         raise ArtifactError(
             f"{shown}: torch can't load the program: {first_line(error)}"
         ) from error
     module.meta["raycompress"] = metadata
-    return module
+    return program, module

@@ -13,6 +13,7 @@ __all__ = ["BACKENDS", "Lower", "Lowered", "lowering"]
 
 BACKENDS: dict[str, str] = {
     "onnx": "raycompress.quantization.lowering.onnx",
+    "inductor": "raycompress.quantization.lowering.inductor",
     "packed": "raycompress.quantization.lowering.packing",
 }
 """Backend -> module with `lower`, a `Lower`, and `check()`, which raises a ConfigError without it.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,7 +12,7 @@ from torch import nn
 from raycompress.errors import VerificationError
 from raycompress.quantization.quantizer import Quantization
 
-__all__ = ["Lower", "Lowered"]
+__all__ = ["Lower", "Lowered", "check_integers"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +45,18 @@ class Lowered:
 
     def check(self) -> None:
         """Raises a VerificationError if fewer layers run in integers than were asked for."""
-        missing = [name for name in self.layers_asked if name not in self.layers_integer]
-        if missing and self.runs == "integers":
-            raise VerificationError(
-                f"{self.backend}: {len(self.layers_integer)} of {len(self.layers_asked)} layers "
-                f"run in integers; in float are {', '.join(missing[:5])}"
-            )
+        if self.runs == "integers":
+            check_integers(self.backend, self.layers_asked, self.layers_integer)
+
+
+def check_integers(backend: str, asked: Collection[str], integer: Collection[str]) -> None:
+    """Raises a VerificationError, which names layers, if fewer run in integers than were asked."""
+    missing = [name for name in asked if name not in integer]
+    if missing:
+        raise VerificationError(
+            f"{backend}: {len(asked) - len(missing)} of {len(asked)} layers run in integers; in "
+            f"float are {', '.join(missing[:5])}"
+        )
 
 
 Lower = Callable[
