@@ -19,10 +19,12 @@ import ray
 from raycompress.config import ClusterConfig
 from raycompress.errors import ClusterError
 
-__all__ = ["bundle", "check_address", "check_feasible", "connect", "describe"]
+__all__ = ["bundle", "check_address", "check_feasible", "connect", "describe", "reserve"]
 
 _log = logging.getLogger(__name__)
 
+QUIET_SECONDS = 5.0
+"""Within which room that others hold may come free before anyone is told of it."""
 REACH_SECONDS = 10.0
 """How long a cluster's address is tried."""
 
@@ -119,6 +121,38 @@ def check_feasible(bundles: Sequence[Mapping[str, float]], what: str, timeout: f
         ray.util.remove_placement_group(group)
 
 
+def reserve(bundles: Sequence[Mapping[str, float]], who: str, timeout: float) -> Any:
+    """Sets bundles aside, all at once, and waits while others hold what they need.
+
+    Args:
+        bundles: Resources by name, the same for all.
+        who: Who asks, for messages, such as "4 replicas".
+        timeout: As of `check_feasible`; whether they can still fit is looked at as often.
+
+    Returns:
+        Ray's placement group, for `ray.util.remove_placement_group`.
+
+    Raises:
+        ClusterError: They can never fit, or not any more.
+    """
+    check_feasible(bundles, f"{who} don't fit", timeout)
+    group = ray.util.placement_group([dict(each) for each in bundles])
+    try:
+        looked, told = time.monotonic(), False
+        while not group.wait(1.0):
+            waited = time.monotonic() - looked
+            if waited > QUIET_SECONDS and not told:
+                _log.warning("%s wait: others hold what they need of %s", who, describe())
+                told = True
+            if waited > timeout:
+                check_feasible(bundles, f"{who} don't fit any more", timeout)
+                looked = time.monotonic()
+    except BaseException:
+        ray.util.remove_placement_group(group)
+        raise
+    return group
+
+
 def _problem(bundles: Sequence[Mapping[str, float]]) -> str | None:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     for each in bundles:
@@ -129,6 +163,14 @@ def _problem(bundles: Sequence[Mapping[str, float]]) -> str | None:
         there = sum(node.get(name, 0.0) for node in nodes)
         if asked > there + 1e-6:
             return f"they need {asked:g} {name} in all, the cluster has {there:g}"
+    each = bundles[0]
+    if each and all(other == each for other in bundles):
+        room = sum(
+            int(min(node.get(name, 0.0) / amount for name, amount in each.items()) + 1e-6)
+            for node in nodes
+        )
+        if room < len(bundles):
+            return f"the nodes have room for {room} of {_words(each)}"
     return None
 
 

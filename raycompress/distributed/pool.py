@@ -13,10 +13,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raycompress.candidate import Candidate, Ranking
 from raycompress.config import ClusterConfig
-from raycompress.distributed.cluster import bundle, check_feasible
+from raycompress.distributed.cluster import bundle, reserve
 from raycompress.distributed.extras import Extras
 from raycompress.distributed.slots import (
     UNREACHABLE,
@@ -60,7 +61,9 @@ POLL_SECONDS = 0.5
 class ReplicaPool(LedgerExecutor):
     """Runs units on replica actors; a context manager that ends them.
 
-    Inside a Tune trial the actors land in the trial's placement group.
+    Inside a Tune trial the actors land in the trial's placement group, elsewhere in one of the
+    pool's own: they get their room together, so that two jobs never hold a part of it each and wait
+    for the other's. Where other jobs hold it, a pool waits as long as they do.
 
     Args:
         spec: What the replicas host.
@@ -96,15 +99,15 @@ class ReplicaPool(LedgerExecutor):
         self._published: list[Any] = list(shared.weights)
         self._num_started = 0
         self._polled = 0.0
+        self._room = None
         if not reserved:
-            asked = bundle(cluster, self._resources)
-            what = f"{cluster.replicas} replicas don't fit"
-            check_feasible([asked] * cluster.replicas, what, cluster.start_timeout)
+            asked = [bundle(cluster, self._resources)] * cluster.replicas
+            self._room = reserve(asked, f"{cluster.replicas} replicas", cluster.start_timeout)
         self._slots: list[Slot] = []
         self._extras = Extras(
             cluster.extra_replicas,
             bundle(cluster, self._resources),
-            lambda: self._start(outside=True),
+            lambda: self._start("SPREAD"),
             cluster.start_timeout,
         )
         try:
@@ -197,6 +200,9 @@ class ReplicaPool(LedgerExecutor):
         for slot in self._slots:
             slot.kill()
         self._slots = []
+        if self._room is not None:
+            ray.util.remove_placement_group(self._room)
+            self._room = None
 
     def _publish(self, ranking: Ranking) -> None:
         self._broadcast(ray.put(ranking))
@@ -221,11 +227,13 @@ class ReplicaPool(LedgerExecutor):
             except ray.exceptions.RayError as error:
                 self._replace(slot, loss_reason(error))
 
-    def _start(self, outside: bool = False) -> Slot:
+    def _start(self, strategy: Any = None) -> Slot:
         name = f"replica-{self._num_started}"
         self._num_started += 1
+        if strategy is None and self._room is not None:
+            strategy = PlacementGroupSchedulingStrategy(self._room)
         return Slot.start(
-            name, self.cluster, self._resources, self._shared, self._published, outside
+            name, self.cluster, self._resources, self._shared, self._published, strategy
         )
 
     def _replace(self, slot: Slot, reason: str) -> None:

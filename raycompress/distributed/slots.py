@@ -82,9 +82,9 @@ class Slot:
         resources: Mapping[str, float],
         shared: SharedSpec,
         published: Sequence[Any],
-        outside: bool = False,
+        strategy: Any = None,
     ) -> Slot:
-        """Asks Ray for a replica, also outside of this trial's placement group; doesn't wait."""
+        """Asks Ray for a replica, to be scheduled as Ray's own words say; doesn't wait."""
         wrap: Any = ray.remote(  # type: ignore[call-overload]  # lacks concurrency_groups
             num_cpus=cluster.cpus,
             num_gpus=cluster.gpus,
@@ -92,7 +92,7 @@ class Slot:
             max_restarts=0,
             max_task_retries=0,
             concurrency_groups={"control": 1},  # answers while a unit runs
-            scheduling_strategy="SPREAD" if outside else None,  # None: where this process is
+            scheduling_strategy=strategy,  # None: in this process's placement group, if any
         )
         actor_class = wrap(OnNode)
         actor = actor_class.remote(name, cluster.gpus > 0)

@@ -7,6 +7,7 @@ makes a new Tuner, and no pickle of Tune's is ever read.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -221,7 +222,7 @@ def _fit(
                 max_concurrent_trials=common.cluster.max_concurrent,
             ),
             run_config=tune.RunConfig(
-                name="trials",
+                name=_run_name(folder),
                 storage_path=str(storage),
                 verbose=0,
                 failure_config=tune.FailureConfig(max_failures=MAX_RETRIES),
@@ -288,6 +289,11 @@ def _own_files(folder: Place) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="raycompress-tune-") as name:
         yield Path(name)
+
+
+def _run_name(folder: Place) -> str:
+    """Of Tune's run; it tells jobs apart that start in one second, for whom Tune has one folder."""
+    return f"trials-{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}"
 
 
 def _error(folder: Place, name: str) -> Place:

@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from ray_tasks import SignallingTask
 
 from raycompress.candidate import Candidate, Ranking, Training, Trial
 from raycompress.config import ClusterConfig
+from raycompress.distributed import cluster as cluster_module
 from raycompress.distributed.pool import ReplicaPool
 from raycompress.distributed.replica import Replica
 from raycompress.distributed.slots import check_alike
@@ -170,11 +172,36 @@ def test_what_cannot_fit_is_refused_at_once(toy: Toy) -> None:
     assert time.monotonic() - start < 5
 
 
-def test_replicas_that_find_no_room_meet_their_deadline(toy: Toy) -> None:
-    with ReplicaPool(toy.spec(), ClusterConfig(replicas=1, cpus=6)) as pool:
-        with pytest.raises(ClusterError, match=r"0 of 1 replicas \(6 CPU each\) were up after 2 s"):
-            ReplicaPool(toy.spec(), ClusterConfig(replicas=1, cpus=6, start_timeout=2))
-        assert pool.num_workers == 1
+def test_replicas_that_are_not_up_in_time_meet_their_deadline(toy: Toy) -> None:
+    with pytest.raises(ClusterError, match=r"0 of 1 replicas \(6 CPU each\) were up after 0.01 s"):
+        ReplicaPool(toy.spec(), ClusterConfig(replicas=1, cpus=6, start_timeout=0.01))
+
+
+def groups() -> list[str]:
+    """States of the placement groups that are there."""
+    states = [each["state"] for each in ray.util.placement_group_table().values()]
+    return [state for state in states if state != "REMOVED"]
+
+
+def test_pools_that_want_all_of_a_cluster_have_it_one_after_the_other(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One by one, each replica of two pools would hold what one of the other waits for."""
+    monkeypatch.setattr(cluster_module, "QUIET_SECONDS", 0.5)
+    want = ClusterConfig(replicas=2, cpus=3, start_timeout=60)
+    first = ReplicaPool(toy.spec(), want)
+    with ThreadPoolExecutor(2) as threads:
+        later = [threads.submit(ReplicaPool, toy.spec(), want) for _ in range(2)]
+        with pytest.raises(TimeoutError):
+            later[0].result(timeout=3)
+        assert not later[1].done() and sorted(groups()) == ["CREATED", "PENDING", "PENDING"]
+        assert "2 replicas wait: others hold what they need of 1 node(s): 8 CPU" in caplog.text
+        first.close()
+        for each in as_completed(later):
+            with each.result() as pool:
+                pool.publish(toy.ranking)
+                assert pool.evaluate([toy.candidate(4)])[0].failure is None
+    assert groups() == []
 
 
 def test_a_task_that_cannot_be_made_says_so(toy: Toy, few: Few) -> None:

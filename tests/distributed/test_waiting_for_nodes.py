@@ -41,3 +41,12 @@ def test_a_cluster_that_nobody_grows_refuses_at_once(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(ray, "nodes", lambda: [node(1)])
     with pytest.raises(ClusterError, match=r"one: no node has 2 CPU \(1 node"):
         check_feasible([{"CPU": 2}], "one", 600.0)
+
+
+def test_enough_in_all_may_still_be_too_little_on_each_node(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ray, "nodes", lambda: [node(5), node(4)])
+    check_feasible([{"CPU": 2}] * 4, "four", 600.0)
+    with pytest.raises(ClusterError, match=r"three: the nodes have room for 2 of 3 CPU \(2 nod"):
+        check_feasible([{"CPU": 3}] * 3, "three", 600.0)

@@ -141,6 +141,9 @@ def check_complete(server, job):
         assert len(list(served.rglob(name))) == 1, name
     (kept,) = served.rglob("summary.json")
     assert json.loads(kept.read_text())["run_id"] == result.run_id
+    written = [p for top in (job.parent / "out", server.folder) for p in top.rglob("*")]
+    written = [p for p in written if p.is_file()]
+    assert len(written) > 20 and not [p for p in written if b"me:secret" in p.read_bytes()]
     return result
 
 
