@@ -33,11 +33,28 @@ latency: {batch_sizes: [1], repeats: 3}
 cluster: {replicas: 2}
 tracking: {uri: none}
 """
+BRAKED = """\
+import time
+from pathlib import Path
+
+from jobs.tasks.digits import Digits
 
 
-def raycompress(*arguments, **options):
+class Braked(Digits):
+    def __init__(self, width, brake):
+        super().__init__(width)
+        self.brake = Path(brake)
+
+    def forward(self, model, batch):
+        if self.brake.exists():
+            time.sleep(1.0)
+        return super().forward(model, batch)
+"""
+
+
+def raycompress(*arguments, cwd=ROOT, **options):
     return subprocess.Popen(
-        [sys.executable, "-m", "raycompress", *arguments], cwd=ROOT, text=True, **options
+        [sys.executable, "-m", "raycompress", *arguments], cwd=cwd, text=True, **options
     )
 
 
@@ -48,7 +65,7 @@ def finish(*arguments):
     return out
 
 
-def wait_for(what, seconds=120):
+def wait_for(what, seconds=240):
     deadline = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < deadline, "waited in vain"
@@ -74,10 +91,10 @@ def num_lines(path):
 
 
 def test_killed_driver_continues_and_finds_the_same(tmp_path):
-    (tmp_path / "job.yaml").write_text(JOB)
+    (tmp_path / "job.yaml").write_text(JOB.replace("iterations: 80", "iterations: 40"))
     job = str(tmp_path / "job.yaml")
     whole = tmp_path / "whole"
-    finish("run", job, "--output", str(whole), "--set", "cluster.replicas=1")
+    finish("run", job, "--output", str(whole), "--set", "cluster.executor=local")
     part = tmp_path / "killed" / "ledger" / "SimulatedAnnealing-macs40.jsonl"
     counts = []
     for _ in range(2):
@@ -196,25 +213,32 @@ def test_submit_follow_stop_and_resume_on_a_cluster_with_a_token(tmp_path, guard
     # The token's path alone is enough: Ray would send none without RAY_AUTH_MODE.
     env = {**without, "RAY_AUTH_TOKEN_PATH": env["RAY_AUTH_TOKEN_PATH"]}
 
+    folder, output, brake = tmp_path / "code", tmp_path / "out", tmp_path / "brake"
+
     def call(*arguments):
-        done = raycompress(*arguments, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        done = raycompress(
+            *arguments, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
         out, err = done.communicate(timeout=300)
         return done.returncode, out, err
 
-    folder, output = tmp_path / "code", tmp_path / "out"
     for package in ("jobs", "raycompress"):
         shutil.copytree(ROOT / package, folder / package)
-    job = JOB.replace("iterations: 80", "iterations: 250").replace("width: 16", "width: 64")
-    (folder / "x.yaml").write_text(job)
+    (folder / "braked.py").write_text(BRAKED)
+    job = JOB.replace("jobs.tasks.digits:Digits", "braked:Braked")
+    job = job.replace("width: 16", f"width: 16, brake: {brake}")
+    (folder / "x.yaml").write_text(job.replace("iterations: 80", "iterations: 40"))
     where = ("--working-dir", str(folder), "--output", str(output))
     first = raycompress(
         *("submit", str(folder / "x.yaml"), *where),
+        cwd=folder,
         env=env,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
     part = output / "ledger" / "SimulatedAnnealing-macs40.jsonl"
     wait_for(lambda: num_lines(part) >= 20)
+    brake.touch()  # so that it still runs when it is stopped
     code, out, _ = call("status", "chaos")
     assert code == 0 and out.startswith("chaos-1  running")
     code, _, err = call("submit", str(folder / "x.yaml"), *where)
@@ -228,6 +252,7 @@ def test_submit_follow_stop_and_resume_on_a_cluster_with_a_token(tmp_path, guard
     finished = num_candidates(output)
     assert not (output / "results" / "summary.json").exists()
 
+    brake.unlink()
     code, out, err = call("submit", "--resume", "chaos")
     assert code == 0, out + err
     assert "chaos-2 is done" in err and "finished units of work are in" in out

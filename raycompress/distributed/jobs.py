@@ -17,11 +17,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raycompress.errors import ClusterError
-from raycompress.submission import Submission, pack
 from raycompress.wording import near
+
+if TYPE_CHECKING:
+    from raycompress.submission import Submission
 
 __all__ = ["JobServer", "Run"]
 
@@ -149,6 +151,8 @@ class JobServer:
         Raises:
             ClusterError: The job is running, or the server refuses it.
         """
+        from raycompress.submission import pack  # it loads torch, which a look at jobs needs not
+
         runs = self.runs(submission.name)
         if runs and not runs[-1].ended:
             raise ClusterError(
