@@ -110,7 +110,9 @@ class _Lease:
             except OSError as error:  # the store may come back; until then nobody can take over
                 _log.warning("no sign of life in %s: %s", self.place, error)
         if self.lost and self.in_main:
-            os.kill(os.getpid(), signal.SIGINT)
+            main = threading.main_thread().ident
+            assert main is not None
+            signal.pthread_kill(main, signal.SIGINT)  # wakes it, whatever it waits for
 
     def release(self) -> None:
         """Lets the next driver start at once."""

@@ -152,31 +152,33 @@ def test_trials_are_asked_for_one_by_one_told_and_stopped(toy: Toy, few: Few) ->
     assert len(read_ledger(toy.folder / "ledger")) == 3  # a's last step never ran
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_stop_the_trials_and_the_next_run_goes_on(
-    toy: Toy, few: Few, number: signal.Signals
-) -> None:
+def test_signals_stop_the_trials_and_the_next_run_goes_on(toy: Toy, few: Few) -> None:
     spec = trial(toy, "t", [3, 5, 7], die=1)
     pid_file = toy.folder / "ledger" / "trial-pid"
 
-    def interrupt() -> None:
-        wait_for(pid_file)
+    def interrupt(number: signal.Signals) -> None:
+        wait_for(pid_file, 200.0)
         os.kill(os.getpid(), number)
 
-    before = signal.getsignal(number)
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    with pytest.raises(KeyboardInterrupt):
-        run_trials(
-            [spec], RUN, toy.spec(), few(1), toy.folder / "job", finished, shared=shared(toy)
-        )
-    thread.join()
-    assert signal.getsignal(number) is before
-    pid = int(pid_file.read_text())
-    end = time.monotonic() + 20
-    while Path(f"/proc/{pid}/cmdline").exists() and b"ray::" in _cmdline(pid):
-        assert time.monotonic() < end, "the trial's process is still there"
-        time.sleep(0.1)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before = signal.getsignal(number)
+        thread = threading.Thread(target=interrupt, args=(number,))
+        thread.start()
+        with pytest.raises(KeyboardInterrupt):
+            run_trials(
+                [spec], RUN, toy.spec(), few(1), toy.folder / "job", finished, shared=shared(toy)
+            )
+        thread.join()
+        assert signal.getsignal(number) is before
+        pid = int(pid_file.read_text())
+        end = time.monotonic() + 20
+        while Path(f"/proc/{pid}/cmdline").exists() and b"ray::" in _cmdline(pid):
+            assert time.monotonic() < end, "the trial's process is still there"
+            time.sleep(0.1)
+        assert len(read_ledger(toy.folder / "ledger")) == 1
+        if number is signal.SIGINT:  # the next run gets as far, and stops there once more
+            pid_file.unlink()
+            (toy.folder / "ledger" / "died").unlink()
     results, _ = run_trials(
         [spec], RUN, toy.spec(), few(1), toy.folder / "job", finished, shared=shared(toy)
     )
