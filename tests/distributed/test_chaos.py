@@ -176,7 +176,7 @@ def test_what_is_killed_in_a_job_changes_nothing(
         alone=who == "replica",
     )
     killer.start()
-    result = run(job(name, output, 0.05))
+    result = run(job(name, output, 0.03))
     strikes = killer.done()
     assert told(result) == told(expected)
     assert records(output) == records(before)
@@ -200,7 +200,7 @@ def test_a_killed_driver_goes_on_where_it_was(
 ) -> None:
     before, expected = calm(name)
     rng, output = random.Random(f"{name} driver"), tmp_path / "out"
-    content = job(name, output, 0.05, address=whole.address)
+    content = job(name, output, 0.03, address=whole.address)
     if name == "two trials":
         content["tracking"] = {}
         store(output)

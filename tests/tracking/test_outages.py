@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -38,11 +39,10 @@ cluster: {executor: local}
 class Server:
     """An MLflow server on loopback, with a SQLite store that outlives it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, store: Path) -> None:
         self.folder = folder
         folder.mkdir()
-        database = f"sqlite:///{folder}/mlflow.db"
-        mlflow.MlflowClient(tracking_uri=database).search_experiments()  # migrations take seconds
+        shutil.copy(store, folder / "mlflow.db")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -88,8 +88,8 @@ class Server:
 
 
 @pytest.fixture
-def server(tmp_path):
-    found = Server(tmp_path / "server")
+def server(tmp_path, migrated):
+    found = Server(tmp_path / "server", migrated)
     found.start()
     yield found
     found.kill()
