@@ -62,6 +62,7 @@ class LedgerExecutor(ABC):
         self._dfe = Fraction()
         self.num_evaluated = 0
         self._memory: dict[str, Mapping[str, Any]] = {}
+        self._in_vain: set[str] = set()
         self._structure = structure_digest(structure)
         self._slim: dict[str, dict[str, int]] = {}
         self.rankings: dict[str, Ranking] = {}
@@ -284,7 +285,7 @@ class LedgerExecutor(ABC):
         missing = []
         for candidate, key in keys.items():
             record = self._memory.get(key) if self.ledger is None else self.ledger.get(key)
-            if record is None:
+            if record is None or (record.get("again") and key not in self._in_vain):
                 missing.append(candidate)
             else:
                 trials[candidate] = Trial(
@@ -332,6 +333,10 @@ class LedgerExecutor(ABC):
             "dfe": dfe,
             "worker": ",".join(sorted({r.worker for r in results})),
         }
+        if failure is not None and any(r.again for r in results):
+            # A search that asks once more is answered; another run of the job tries again.
+            record["again"] = True
+            self._in_vain.add(key)
         self._dfe += Fraction(dfe)
         if stored and failure is not None:
             return trial  # not recorded: the next run tries again

@@ -30,7 +30,7 @@ from raycompress.structure import Structure
 from raycompress.structure.latency.measure import LatencyRow, measure
 from raycompress.structure.latency.table import LatencyTable, latency_table
 from raycompress.task import SPLITS, Progress, Split, Task
-from raycompress.units import Evaluation, HostInfo, Unit, UnitResult
+from raycompress.units import Evaluation, HostInfo, Unit, UnitResult, lacks_memory
 from raycompress.weights import Weights, WeightStore
 
 __all__ = ["MAX_BUILT", "ModelHost"]
@@ -96,11 +96,14 @@ class ModelHost(Builder):
         except Exception as error:
             self._built.clear()
             message = str(error).strip().splitlines()
-            result = UnitResult(failure=f"{type(error).__name__}: {message[0] if message else ''}")
+            result = UnitResult(
+                failure=f"{type(error).__name__}: {message[0] if message else ''}",
+                again=lacks_memory(error),
+            )
         finally:
             self.progress = None
         seconds = time.perf_counter() - start
-        return UnitResult(result.shards, result.weights, result.failure, seconds, self.name)
+        return replace(result, seconds=seconds, worker=self.name)
 
     def latency(
         self,

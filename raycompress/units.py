@@ -11,7 +11,7 @@ import torch
 from raycompress.candidate import Candidate, Shard
 from raycompress.task import Split
 
-__all__ = ["Evaluation", "HostInfo", "Unit", "UnitResult"]
+__all__ = ["Evaluation", "HostInfo", "Unit", "UnitResult", "lacks_memory"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +68,7 @@ class UnitResult:
         shards: Sums for each shard that was asked for, in order.
         weights: Digest of the trained weights, or of what was collected.
         failure: Exception and message, if the candidate failed.
+        again: It failed for what may be otherwise in another attempt, such as a lack of memory.
         seconds: Time spent.
         worker: Name of the host.
     """
@@ -77,6 +78,7 @@ class UnitResult:
     failure: str | None = None
     seconds: float = 0.0
     worker: str = "local"
+    again: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,3 +100,11 @@ class HostInfo:
     steps_per_epoch: int
     numeric_class: str
     whole: bool
+
+
+def lacks_memory(error: BaseException | None) -> bool:
+    """Whether an exception says that there wasn't enough; many libraries say so only in words."""
+    words = ("out of memory", "not enough memory", "can't allocate memory", "_ALLOC_FAILED")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(each in str(error) for each in words)
+    )

@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 
 import raycompress
 import raycompress.driver
-from raycompress.cli import app
+from raycompress.cli import EPILOG, app
 from raycompress.errors import (
     EvaluationError,
     InterruptedJob,
@@ -42,7 +43,7 @@ def job(tmp_path, monkeypatch):
 
 def test_help_version_and_init_load_nothing_heavy(tmp_path):
     code = (
-        "import sys\nfrom typer.testing import CliRunner\nfrom raycompress.cli import app\n"
+        "import sys\nfrom typer.testing import CliRunner\nfrom raycompress.cli import EPILOG, app\n"
         "for args in (['--help'], ['run', '--help'], ['--version'], ['init', 'demo']):\n"
         "    done = CliRunner().invoke(app, args)\n"
         "    assert done.exit_code == 0, done.output\n"
@@ -60,6 +61,11 @@ def test_version_and_exit_codes_are_told():
         assert "Exit codes: 0 done; 1 the job failed; 2 bad input" in text
         assert "75 stopped, or done while the tracking store was away: the same" in text
         assert "130 Ctrl-C left a submitted job running." in text
+
+
+def test_the_readme_lists_the_same_exit_codes():
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    assert EPILOG in " ".join(readme.split())
 
 
 def test_without_a_command_help_is_shown():

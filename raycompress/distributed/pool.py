@@ -10,6 +10,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -19,25 +20,18 @@ from raycompress.candidate import Candidate, Ranking
 from raycompress.config import ClusterConfig
 from raycompress.distributed.cluster import bundle, reserve
 from raycompress.distributed.extras import Extras
-from raycompress.distributed.slots import (
-    UNREACHABLE,
-    Slot,
-    answers_of,
-    finished,
-    loss_reason,
-    on_living_nodes,
-    wait_ready,
-)
+from raycompress.distributed.losses import UNREACHABLE, advised, loss_reason, named, on_living_nodes
+from raycompress.distributed.slots import Slot, answers_of, finished, wait_ready
 from raycompress.distributed.spec import PackedWeights, PoolSpec, SharedSpec
 from raycompress.distributed.waiting import Waiting
-from raycompress.errors import EvaluationError, StorageError
+from raycompress.errors import EvaluationError, RaycompressError, StorageError
 from raycompress.executor import LedgerExecutor
 from raycompress.ledger import Ledger
 from raycompress.storage import Place
 from raycompress.structure.latency.measure import LatencyRow
 from raycompress.structure.latency.table import LatencyTable
 from raycompress.task import Progress
-from raycompress.units import HostInfo, Unit, UnitResult
+from raycompress.units import HostInfo, Unit, UnitResult, lacks_memory
 from raycompress.weights import Weights, WeightStore
 
 __all__ = ["ReplicaPool"]
@@ -152,7 +146,8 @@ class ReplicaPool(LedgerExecutor):
         """Measures candidates against each other on one replica; the others stand idle.
 
         Raises:
-            EvaluationError: The replica was lost, or took too long, `MAX_LOSSES` times.
+            EvaluationError: The replica was lost, or took too long, or lacked memory, `MAX_LOSSES`
+                times; or the model raised.
         """
         arguments = (dict(candidates), tuple(batch_sizes), repeats, max_seconds)
         rows: list[LatencyRow] = self._alone("latency", arguments, max_seconds)
@@ -164,7 +159,7 @@ class ReplicaPool(LedgerExecutor):
         """The model's latency table, measured on one replica; the others stand idle.
 
         Raises:
-            EvaluationError: The replica was lost, or took too long, `MAX_LOSSES` times.
+            EvaluationError: Likewise.
         """
         arguments = (batch_size, folder, max_seconds)
         table: LatencyTable = self._alone("latency_table", arguments, max_seconds)
@@ -184,15 +179,18 @@ class ReplicaPool(LedgerExecutor):
             slot = self._any_ready()
             try:
                 return ray.get(getattr(slot.actor, method).remote(*arguments), timeout=timeout)
-            except ray.exceptions.RayTaskError:
-                raise
+            except ray.exceptions.RayTaskError as error:
+                if isinstance(error.cause, RaycompressError):
+                    raise error.cause from error
+                reason = f"{type(error.cause).__name__}: {error.cause}"
+                if not lacks_memory(error.cause):
+                    raise EvaluationError(f"{method} failed: {reason}") from error
             except ray.exceptions.GetTimeoutError:
                 reason = f"it measured for more than {timeout:g} s"
-                self._replace(slot, reason)
             except ray.exceptions.RayError as error:
                 reason = loss_reason(error)
-                self._replace(slot, reason)
-        raise EvaluationError(f"{method}: its replica was lost {MAX_LOSSES} times: {reason}")
+            self._replace(slot, reason)
+        raise EvaluationError(f"{method} lost its replica {MAX_LOSSES} times: {advised(reason)}")
 
     def close(self) -> None:
         """Ends the replicas."""
@@ -261,6 +259,9 @@ class ReplicaPool(LedgerExecutor):
                 self._fill(units, waiting, losses)
                 for index, result in self._collect(waiting, losses):
                     left -= 1
+                    if result.again:
+                        failure = f"EvaluationError: {named(units[index])} {result.failure}"
+                        result = replace(result, failure=failure)
                     yield index, result
                 self._extras.look(len(waiting), self._info)
         finally:
@@ -313,6 +314,9 @@ class ReplicaPool(LedgerExecutor):
             elif isinstance(result, Exception):
                 lost[slot] = loss_reason(result)
                 continue
+            elif result.again:  # another process has more room, perhaps on another node
+                lost[slot] = str(result.failure)
+                continue
             yield slot.take(reference), result
         if self.cluster.unit_timeout is not None:
             for slot in self._working:
@@ -348,7 +352,5 @@ class ReplicaPool(LedgerExecutor):
                 # Behind the others if it may be the cause: the search goes on meanwhile.
                 waiting.put_back(index, last=position == 0)
                 continue
-            failure = (
-                f"EvaluationError: the candidate lost its replica {MAX_LOSSES} times: {reason}"
-            )
-            yield index, UnitResult(failure=failure, worker=slot.name)
+            failure = f"lost its replica {MAX_LOSSES} times: {advised(reason)}"
+            yield index, UnitResult(failure=failure, worker=slot.name, again=True)

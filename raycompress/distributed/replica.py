@@ -97,7 +97,7 @@ class Replica:
     def run(self, unit: Unit) -> UnitResult:
         """Trains or evaluates."""
         result = self._hosted().run(unit)
-        if result.failure is not None and "CUDA error" in result.failure:
+        if result.failure is not None and "CUDA error" in result.failure and not result.again:
             # The CUDA context is broken for good: every later unit would fail here.
             _log.error("replica %s ends: %s", self.name, result.failure)
             os._exit(1)

@@ -137,23 +137,29 @@ class GivenOut(RaySearcher):
     def __init__(self, ask: Callable[[], TrialSpec | None], ended: Callable[[str], None]) -> None:
         super().__init__()
         self._ask, self._ended = ask, ended
-        self._names: dict[str, str] = {}
+        self._running: dict[str, TrialSpec] = {}
+        self._lost: list[TrialSpec] = []
+
+    def start_again(self) -> None:
+        """Tune starts anew: what was running is given out once more, first."""
+        self._lost += self._running.values()
+        self._running.clear()
 
     def suggest(self, trial_id: str) -> Any:
         """The next one, None to wait, or "FINISHED"."""
         try:
-            spec = self._ask()
+            spec = self._lost.pop(0) if self._lost else self._ask()
         except NotYet:
             return None
         if spec is None:
             return RaySearcher.FINISHED
-        self._names[trial_id] = spec.name
+        self._running[trial_id] = spec
         # As text: Tune would take keys of a mapping for its own.
         return {"name": spec.name, "payload": json.dumps(dict(spec.payload))}
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
         """Passes it on."""
-        self._ended(self._names[trial_id])
+        self._ended(self._running.pop(trial_id).name)
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the study has its own log."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,27 +13,16 @@ import ray
 from raycompress.candidate import Candidate
 from raycompress.config import ClusterConfig
 from raycompress.distributed.cluster import bundle, describe
+from raycompress.distributed.losses import cause_of, loss_reason
 from raycompress.distributed.replica import Replica
 from raycompress.distributed.spec import SharedSpec
-from raycompress.errors import ClusterError, RaycompressError
+from raycompress.errors import ClusterError
 from raycompress.host import MAX_BUILT
 from raycompress.units import HostInfo, Unit
 
-__all__ = [
-    "UNREACHABLE",
-    "Slot",
-    "answers_of",
-    "finished",
-    "loss_reason",
-    "on_living_nodes",
-    "wait_ready",
-]
+__all__ = ["Slot", "answers_of", "finished", "wait_ready"]
 
 SETUP_ATTEMPTS = 3
-UNREACHABLE = "it can't be reached any more: its node was lost, or its process died unnoticed"
-"""Why a replica was lost that may be no fault of its unit's."""
-NODE_SECONDS = 60.0
-"""Within which Ray notices that a node is gone; its replicas can't be reached long before."""
 
 
 class OnNode(Replica):
@@ -140,7 +128,7 @@ class Slot:
         try:
             answer, self.node = ray.get(self.setup)
         except ray.exceptions.RayTaskError as error:
-            raise _cause(error) from error
+            raise cause_of(error) from error
         except ray.exceptions.RayError as error:
             return loss_reason(error)
         check_alike(self.name, answer, info)
@@ -212,7 +200,7 @@ def wait_ready(
                     info, slot.node = ray.get(slot.setup)
                     slot.info = info
                 except ray.exceptions.RayTaskError as error:
-                    raise _cause(error) from error
+                    raise cause_of(error) from error
                 except ray.exceptions.RayError as error:
                     lost = loss_reason(error)
             if lost is not None:
@@ -261,17 +249,6 @@ def answers_of(references: list[Any]) -> dict[Any, Any]:
     return answers
 
 
-def on_living_nodes(nodes: Sequence[str], most: int) -> list[str]:
-    """Those that aren't ids of dead nodes; waits until Ray knows, or fewer than `most` are left."""
-    deadline = time.monotonic() + NODE_SECONDS
-    while True:
-        dead = {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
-        left = [node for node in nodes if node not in dead]
-        if len(left) < most or not any(left) or time.monotonic() > deadline:
-            return left
-        time.sleep(0.5)
-
-
 def check_alike(name: str, got: HostInfo, wanted: HostInfo) -> None:
     """Replicas that differ would give results that differ.
 
@@ -287,26 +264,3 @@ def check_alike(name: str, got: HostInfo, wanted: HostInfo) -> None:
             f"{name} isn't like the other replicas ({'; '.join(differing)}): all need the same "
             "code, data and kind of machine"
         )
-
-
-def loss_reason(error: Exception) -> str:
-    """The one line of Ray's long story that says why."""
-    if isinstance(error, ray.exceptions.RayTaskError):
-        cause = _cause(error)
-        return f"{type(cause).__name__}: {cause}".splitlines()[0]
-    text = " ".join(str(error).split())
-    if isinstance(error, ray.exceptions.ActorUnavailableError) or "node has died" in text:
-        return UNREACHABLE
-    # Ray names the OOM killer as a possible cause of any death: only its own monitor's word counts.
-    if isinstance(error, ray.exceptions.OutOfMemoryError) or "low on memory" in text:
-        return "its process was killed for lack of memory"
-    detail = re.search(r"Worker exit detail: (.{1,120}?)(\. |$)", text)
-    return f"its process died ({detail.group(1)})" if detail else text[:160]
-
-
-def _cause(error: Any) -> Exception:
-    """The exception that was raised in the replica."""
-    cause = getattr(error, "cause", None)
-    if isinstance(cause, RaycompressError):
-        return cause
-    return ClusterError(f"a replica failed: {type(cause).__name__}: {cause}")

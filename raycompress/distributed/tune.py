@@ -11,10 +11,7 @@ import hashlib
 import json
 import logging
 import os
-import signal
 import tempfile
-import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,24 +22,26 @@ from typing import Any
 import ray
 
 from raycompress.config import ClusterConfig
-from raycompress.distributed.cluster import bundle, check_feasible
+from raycompress.distributed.cluster import bundle
+from raycompress.distributed.losses import advised, loss_reason
 from raycompress.distributed.pool import ReplicaPool
 from raycompress.distributed.spec import PoolSpec, SharedSpec, TrialSpec, import_object
+from raycompress.distributed.watching import (
+    MAX_RETRIES,
+    OnReport,
+    check_room,
+    name_of,
+    overseer,
+    quiet,
+    stopping,
+    watching,
+)
 from raycompress.errors import ClusterError, EvaluationError, InputError, StorageError
 from raycompress.storage import Place, place_of, write_whole
 
 __all__ = ["TrialSpec", "run_samples", "run_trials"]
 
 _log = logging.getLogger(__name__)
-
-MAX_RETRIES = 2
-"""Restarts of a trial whose process was lost or raised, without a new step in between.
-
-Replay makes them cheap, and a trial that comes further each time may lose any number of nodes.
-"""
-
-OnReport = Callable[[str, int, Mapping[str, float]], bool | None]
-"""Called with (trial, step, metrics); True: the trial is to stop."""
 
 Finished = Callable[[Mapping[str, Any]], dict[str, Any] | None]
 """The result that a trial with this payload has left as its marker; None: it hasn't finished."""
@@ -104,7 +103,7 @@ def run_trials(
     missing = [name for name, result in results.items() if result is None]
     failures: dict[str, str] = {}
     if missing:
-        _check_room(cluster, cluster.start_timeout)
+        check_room(cluster, cluster.start_timeout)
         common = _Common(
             run,
             {name: by_name[name] for name in missing},
@@ -161,7 +160,7 @@ def run_samples(
     folder = _absolute(output) / "tune"
     if num_samples == 0:
         return
-    _check_room(cluster, cluster.start_timeout)
+    check_room(cluster, cluster.start_timeout)
     common = _Common(run, {}, pool.share(), cluster, str(folder), ray.put(shared))
     specs: dict[str, TrialSpec] = {}
 
@@ -208,28 +207,32 @@ def _fit(
     trainable = tune.with_resources(
         tune.with_parameters(_trial, common=common), tune.PlacementGroupFactory(bundles, "PACK")
     )
-    watch = _watch(on_report)
-    with _quiet(), _stopping() as stopped, _own_files(folder) as storage:
-        tuner = tune.Tuner(
-            trainable,
-            param_space={"name": tune.grid_search(names)} if names else {},
-            tune_config=tune.TuneConfig(
-                search_alg=searcher,
-                scheduler=watch,
-                num_samples=num_samples,
-                trial_name_creator=_name,
-                trial_dirname_creator=_name,
-                max_concurrent_trials=common.cluster.max_concurrent,
-            ),
-            run_config=tune.RunConfig(
-                name=_run_name(folder),
-                storage_path=str(storage),
-                verbose=0,
-                failure_config=tune.FailureConfig(max_failures=MAX_RETRIES),
-                callbacks=[_callback(stopped, common.cluster)],
-            ),
-        )
-        grid = tuner.fit()
+    watch = watching(on_report)
+    with quiet(), stopping() as stopped, _own_files(folder) as storage:
+
+        def fit() -> Any:
+            left = [name for name in names if name not in watch.ended]
+            return tune.Tuner(
+                trainable,
+                param_space={"name": tune.grid_search(left)} if names else {},
+                tune_config=tune.TuneConfig(
+                    search_alg=searcher,
+                    scheduler=watch,
+                    num_samples=num_samples,
+                    trial_name_creator=name_of,
+                    trial_dirname_creator=name_of,
+                    max_concurrent_trials=common.cluster.max_concurrent,
+                ),
+                run_config=tune.RunConfig(
+                    name=_run_name(folder),
+                    storage_path=str(storage),
+                    verbose=0,
+                    failure_config=tune.FailureConfig(max_failures=MAX_RETRIES),
+                    callbacks=[overseer(stopped, common.cluster)],
+                ),
+            ).fit()
+
+        grid = _whatever_memory(fit, watch, searcher)
     if stopped.is_set():
         raise KeyboardInterrupt
     errors = {}
@@ -244,6 +247,33 @@ def _fit(
         if path.exists():
             errors[name] = json.loads(path.read_text())["error"]
     return errors, watch.stopped
+
+
+def _whatever_memory(fit: Callable[[], Any], watch: Any, searcher: Any) -> Any:
+    """Runs Tune anew where Ray has killed a trial's process for lack of memory.
+
+    Tune takes any other loss of a process, and gives up at this one. Trials go on from the ledger.
+
+    Raises:
+        EvaluationError: It happened again and again, and no trial came further.
+    """
+    kills, steps = 0, watch.num_steps
+    while True:
+        try:
+            return fit()
+        except RuntimeError as error:
+            if not isinstance(error.__cause__, ray.exceptions.OutOfMemoryError):
+                raise
+            kills = kills + 1 if watch.num_steps == steps else 1
+            steps = watch.num_steps
+            reason = loss_reason(error.__cause__)
+            if kills > MAX_RETRIES:
+                raise EvaluationError(
+                    f"a trial was lost {kills} times without a new step: {advised(reason)}"
+                ) from error
+            _log.warning("trials start again: of one of them, %s", reason)
+            if searcher is not None:
+                searcher.start_again()
 
 
 def _trial(config: Mapping[str, Any], common: _Common) -> None:
@@ -298,127 +328,3 @@ def _run_name(folder: Place) -> str:
 
 def _error(folder: Place, name: str) -> Place:
     return folder / f"{name}.error.json"
-
-
-def _check_room(cluster: ClusterConfig, timeout: float) -> None:
-    """Raises a ClusterError if a trial can't fit the cluster's nodes, busy or not, nor new ones."""
-    replicas = [bundle(cluster)] * cluster.replicas
-    what = f"a trial with {cluster.replicas} replicas doesn't fit"
-    check_feasible(replicas, what, timeout)
-
-
-def _name(trial: Any) -> str:
-    name: str = trial.config["name"]
-    return name
-
-
-def _watch(on_report: OnReport | None) -> Any:
-    from ray.tune.schedulers import FIFOScheduler, TrialScheduler
-
-    class Watch(FIFOScheduler):
-        """First come, first served; forwards what trials report, and stops those that are to stop.
-
-        Replayed steps were forwarded before.
-        """
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.last: dict[str, int] = {}
-            self.stopped: set[str] = set()
-
-        def __reduce__(self) -> tuple[Any, ...]:
-            # Tune pickles it into a snapshot that is never read here; what the driver listens with
-            # (a tracker, a terminal) can't be pickled.
-            return (FIFOScheduler, ())
-
-        def __deepcopy__(self, memo: dict[int, Any]) -> Watch:
-            return self
-
-        def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
-            name, step = _name(trial), result.get("step")
-            if step is None or step <= self.last.get(name, -1):
-                return str(TrialScheduler.CONTINUE)
-            self.last[name] = step
-            trial.max_failures = trial.num_failures + MAX_RETRIES
-            metrics = {key: result[key] for key in result["reported"]}
-            if on_report is not None and on_report(name, step, metrics):
-                self.stopped.add(name)
-                return str(TrialScheduler.STOP)
-            return str(TrialScheduler.CONTINUE)
-
-    return Watch()
-
-
-def _callback(stopped: threading.Event, cluster: ClusterConfig) -> Any:
-    from ray import tune
-
-    class Overseer(tune.Callback):
-        """Looks, at each of Tune's steps, for what Tune itself would never end at.
-
-        A signal that came before Tune's handler stood; and trials that wait for nodes which are
-        gone: Tune waits for ever.
-        """
-
-        def __init__(self) -> None:
-            self.idle_since: float | None = None
-
-        def __reduce__(self) -> tuple[Any, ...]:
-            return (tune.Callback, ())  # an event can't be pickled
-
-        def __deepcopy__(self, memo: dict[int, Any]) -> Overseer:
-            return self
-
-        def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-            if stopped.is_set():
-                os.kill(os.getpid(), signal.SIGUSR1)
-            states = {trial.status for trial in trials}
-            if "RUNNING" in states or "PENDING" not in states:
-                self.idle_since = None
-                return
-            now = time.monotonic()
-            self.idle_since = self.idle_since or now
-            if now - self.idle_since > cluster.start_timeout:
-                _check_room(cluster, 0.0)
-                self.idle_since = now  # there is room, which others hold, or a process that starts
-
-    return Overseer()
-
-
-@contextmanager
-def _stopping() -> Iterator[threading.Event]:
-    """Turns SIGINT and SIGTERM into Tune's own graceful stop, and remembers that they came."""
-    stopped = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stopped
-        return
-
-    def stop(number: int, frame: Any) -> None:
-        if stopped.is_set():
-            raise KeyboardInterrupt  # asked twice: at once
-        stopped.set()
-        os.kill(os.getpid(), signal.SIGUSR1)  # Tune's handler stands there while it runs
-
-    kept = {
-        each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    }
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # before Tune's handler is there
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
-    try:
-        yield stopped
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Tune's own messages stay out of the terminal; failures reach the caller as errors."""
-    logger = logging.getLogger("ray.tune")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -27,12 +27,20 @@ class SignallingTask(ToyTask):
         hang: The same, and no evaluation of that candidate is ever quick.
         poison: Kept channels of the candidate that kills every process that evaluates it.
         each: Seconds that every evaluation takes.
+        short: So many evaluations run out of memory: the first ones.
     """
 
     def __init__(
-        self, folder: str, sleep: float = 0.0, poison: int = 0, each: float = 0.0, hang: int = 0
+        self,
+        folder: str,
+        sleep: float = 0.0,
+        poison: int = 0,
+        each: float = 0.0,
+        hang: int = 0,
+        short: int = 0,
     ) -> None:
         super().__init__()
+        self.short = short
         self.folder, self.sleep, self.poison = folder, sleep, poison
         self.each, self.hang = each, hang
 
@@ -44,6 +52,8 @@ class SignallingTask(ToyTask):
             width = model.fc.in_features  # type: ignore[union-attr]
             if self.poison and width == self.poison:
                 os.kill(os.getpid(), signal.SIGKILL)
+            if any(_first(Path(self.folder) / f"short-{i}") for i in range(self.short)):
+                torch.empty(1 << 50)  # a petabyte
             if self.hang and width == self.hang:
                 time.sleep(600)
             if self.sleep and _first(Path(self.folder) / "first"):

@@ -35,7 +35,7 @@ def test_a_measurement_that_hangs_ends_with_its_reason(cluster, toy, few):
     with ReplicaPool(spec, few(1, unit_timeout=1.0)) as pool:
         with pytest.raises(
             EvaluationError,
-            match=r"latency: its replica was lost 3 times: it measured for more than 1.5 s",
+            match=r"latency lost its replica 3 times: it measured for more than 1.5 s",
         ):
             pool.latency({"dense": Candidate(toy.digest)}, (1,), 3, 0.5)
         assert pool.num_lost > 0
