@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -37,6 +38,19 @@ __all__ = [
 def _positive(key: str, value: float) -> None:
     if not 0 < value < math.inf:
         raise ConfigError(f"{key} must be above 0, got {value:g}")
+
+
+def _check_resources(
+    key: str, resources: Mapping[str, float], elsewhere: Sequence[str] = ()
+) -> None:
+    """Raises a ConfigError unless Ray takes these resources of an actor."""
+    for name, amount in resources.items():
+        if name in elsewhere:
+            raise ConfigError(f"{key}: {name} is given as cluster.{name.lower()}s")
+        if not name.strip() or name in ("memory", "object_store_memory"):
+            raise ConfigError(f"{key} must name resources of Ray's nodes, got {name!r}")
+        if not 0 < amount < math.inf or (amount > 1 and amount != int(amount)):
+            raise ConfigError(f"{key}: {name} must be above 0, and whole above 1, got {amount:g}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,13 +237,18 @@ class LatencyConfig:
         repeats: Timed passes of each model at each batch size, interleaved.
         max_seconds: Time for one measurement, of a trial's models or of the latency table; fewer
             passes are timed if it is short.
+        resources: Ray resources of the replica that measures, such as {"phone": 1} of the nodes
+            that are the target devices; CPU and GPU are as in `cluster` where they aren't given.
+            Empty: any replica measures. Models that `quantize` lowers are timed by the driver.
     """
 
     batch_sizes: tuple[int, ...] = (1, 64)
     repeats: int = 30
     max_seconds: float = 300.0
+    resources: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        _check_resources("latency.resources", self.resources)
         if not self.batch_sizes or min(self.batch_sizes) < 1:
             raise ConfigError(
                 f"latency.batch_sizes must be 1 or more, got {list(self.batch_sizes)}"
@@ -252,6 +271,8 @@ class ClusterConfig:
             when nodes join; given back as soon as somebody does. Results don't depend on them.
         cpus: CPU cores of each replica.
         gpus: GPUs of each replica; a fraction shares one.
+        resources: Custom Ray resources of each replica, such as {"a100": 0.01}, which keeps them on
+            nodes of one kind.
         max_concurrent: Trials at once; None: as many as fit.
         start_timeout: Seconds within which replicas must be up.
         unit_timeout: Seconds after which a unit of work counts as hung; None: no deadline.
@@ -263,6 +284,7 @@ class ClusterConfig:
     extra_replicas: int = 0
     cpus: float = 1.0
     gpus: float = 0.0
+    resources: dict[str, float] = field(default_factory=dict)
     max_concurrent: int | None = None
     start_timeout: float = 120.0
     unit_timeout: float | None = None
@@ -277,12 +299,18 @@ class ClusterConfig:
             raise ConfigError(
                 f"cluster.extra_replicas must be 0 or more, got {self.extra_replicas}"
             )
+        _check_resources("cluster.resources", self.resources, ("CPU", "GPU"))
         if self.gpus < 0:
             raise ConfigError(f"cluster.gpus must be 0 or more, got {self.gpus:g}")
         if self.gpus and self.executor == "local":
             raise ConfigError(
                 f"cluster.gpus must be 0 with executor 'local', which runs on the CPU, got "
                 f"{self.gpus:g}; executor 'ray' starts a local Ray by itself"
+            )
+        if self.resources and self.executor == "local":
+            raise ConfigError(
+                "cluster.resources must be empty with executor 'local', which asks Ray for "
+                f"nothing, got {self.resources}"
             )
 
 
@@ -380,6 +408,11 @@ class JobConfig:
             raise ConfigError("seeds must not be empty")
         if len(set(self.seeds)) < len(self.seeds):
             raise ConfigError(f"seeds must differ, got {list(self.seeds)}")
+        if self.latency.resources and self.cluster.executor == "local":
+            raise ConfigError(
+                "latency: resources must be empty with executor 'local', which measures in this "
+                f"process, got {self.latency.resources}"
+            )
         self._check_tune()
 
     @property

@@ -59,8 +59,9 @@ class RayBackend:
         """A pool of replicas outside of any trial."""
         from raycompress.distributed.pool import ReplicaPool
 
+        config, target = plan.config, plan.config.latency.resources
         return ReplicaPool(
-            self._spec(plan, {}), plan.config.cluster, ledger=ledger, progress=progress
+            self._spec(plan, {}), config.cluster, ledger=ledger, progress=progress, target=target
         )
 
     def run_trials(

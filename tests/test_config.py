@@ -109,6 +109,30 @@ def test_all_mistakes_are_listed_in_the_files_order(write):
         ("recover: {epochs: .inf}", "line 11: recover.epochs must be plain data with finite"),
         ("cluster: {replica: 3}", "line 11: cluster.replica is no key of cluster; did you mean"),
         ("cluster: {executor: local, gpus: 1}", "line 11: cluster.gpus must be 0 with executor "),
+        (
+            "cluster: {resources: {GPU: 1}}",
+            "line 11: cluster.resources: GPU is given as cluster.gp",
+        ),
+        (
+            "cluster: {resources: {a100: 0}}",
+            "line 11: cluster.resources: a100 must be above 0, and",
+        ),
+        (
+            "cluster: {executor: local, resources: {a: 1}}",
+            "line 11: cluster.resources must be empty with executor 'local'",
+        ),
+        (
+            "latency: {resources: {phone: 1.5}}",
+            "line 11: latency.resources: phone must be above 0, and whole above 1, got 1.5",
+        ),
+        (
+            "latency: {resources: {memory: 1}}",
+            "line 11: latency.resources must name resources of Ray's nodes, got 'memory'",
+        ),
+        (
+            "cluster: {executor: local}\nlatency: {resources: {phone: 1}}",
+            "line 12: latency: resources must be empty with executor 'local'",
+        ),
         ("cluster: {executor: rey}", "line 11: cluster.executor must be one of 'ray', 'local', "),
         ("cluster: {max_concurrent: 0}", "line 11: cluster.max_concurrent must be above 0, got 0"),
         ("evaluation:\n  threads: 0", "line 12: evaluation.threads must be at least 1, got 0"),

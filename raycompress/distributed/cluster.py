@@ -79,9 +79,9 @@ def connect(cluster: ClusterConfig) -> Iterator[None]:
         ray.shutdown()
 
 
-def bundle(cluster: ClusterConfig, resources: Mapping[str, float] | None = None) -> dict[str, Any]:
+def bundle(cluster: ClusterConfig) -> dict[str, Any]:
     """What one replica asks of a node."""
-    wanted = {"CPU": cluster.cpus, "GPU": cluster.gpus, **(resources or {})}
+    wanted = {"CPU": cluster.cpus, "GPU": cluster.gpus, **cluster.resources}
     return {name: amount for name, amount in wanted.items() if amount > 0}
 
 

@@ -18,10 +18,10 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raycompress.candidate import Candidate, Ranking
 from raycompress.config import ClusterConfig
-from raycompress.distributed.cluster import bundle, reserve
+from raycompress.distributed.cluster import bundle, check_feasible, reserve
 from raycompress.distributed.extras import Extras
 from raycompress.distributed.losses import UNREACHABLE, advised, loss_reason, named, on_living_nodes
-from raycompress.distributed.slots import Slot, answers_of, finished, wait_ready
+from raycompress.distributed.slots import Slot, answers_of, check_alike, finished, wait_ready
 from raycompress.distributed.spec import PackedWeights, PoolSpec, SharedSpec
 from raycompress.distributed.waiting import Waiting
 from raycompress.errors import EvaluationError, RaycompressError, StorageError
@@ -64,7 +64,9 @@ class ReplicaPool(LedgerExecutor):
         cluster: How many there are, what each takes, and the deadlines.
         ledger: Where finished work is recorded; None keeps it in memory.
         progress: Called with (step, number of steps, loss) while a training unit runs.
-        resources: Custom Ray resources of each replica.
+        target: Ray resources of one more replica, which measures latency and does nothing else;
+            it starts when it is asked to. CPU and GPU are as in `cluster` where they aren't given.
+            Empty: any of the others measures.
         reserved: Its resources are set aside already, by a placement group.
 
     Raises:
@@ -79,7 +81,7 @@ class ReplicaPool(LedgerExecutor):
         *,
         ledger: Ledger | None = None,
         progress: Progress | None = None,
-        resources: Mapping[str, float] | None = None,
+        target: Mapping[str, float] | None = None,
         reserved: bool = False,
     ) -> None:
         cluster = cluster if cluster is not None else ClusterConfig()
@@ -89,18 +91,25 @@ class ReplicaPool(LedgerExecutor):
         self.cluster = cluster
         self.num_lost = 0
         self._shared = shared
-        self._resources = dict(resources or {})
+        self._target: ClusterConfig | None = None
+        self._meter: Slot | None = None
         self._published: list[Any] = list(shared.weights)
         self._num_started = 0
         self._polled = 0.0
         self._room = None
+        if target:
+            own = {name: amount for name, amount in target.items() if name not in ("CPU", "GPU")}
+            cpus, gpus = target.get("CPU", cluster.cpus), target.get("GPU", cluster.gpus)
+            self._target = replace(cluster, cpus=cpus, gpus=gpus, resources=own)
+            what = "the replica that measures latency doesn't fit (latency.resources)"
+            check_feasible([bundle(self._target)], what, cluster.start_timeout)
         if not reserved:
-            asked = [bundle(cluster, self._resources)] * cluster.replicas
+            asked = [bundle(cluster)] * cluster.replicas
             self._room = reserve(asked, f"{cluster.replicas} replicas", cluster.start_timeout)
         self._slots: list[Slot] = []
         self._extras = Extras(
             cluster.extra_replicas,
-            bundle(cluster, self._resources),
+            bundle(cluster),
             lambda: self._start("SPREAD"),
             cluster.start_timeout,
         )
@@ -176,7 +185,7 @@ class ReplicaPool(LedgerExecutor):
             timeout = None if max_seconds is None else timeout + max_seconds
         reason = ""
         for _ in range(MAX_LOSSES):
-            slot = self._any_ready()
+            slot = self._any_ready() if self._target is None else self._at_target(self._target)
             try:
                 return ray.get(getattr(slot.actor, method).remote(*arguments), timeout=timeout)
             except ray.exceptions.RayTaskError as error:
@@ -195,9 +204,9 @@ class ReplicaPool(LedgerExecutor):
     def close(self) -> None:
         """Ends the replicas."""
         self._extras.close()
-        for slot in self._slots:
+        for slot in self._own():
             slot.kill()
-        self._slots = []
+        self._slots, self._meter = [], None
         if self._room is not None:
             ray.util.remove_placement_group(self._room)
             self._room = None
@@ -208,7 +217,7 @@ class ReplicaPool(LedgerExecutor):
     def _broadcast(self, reference: Any) -> None:
         self._published.append(reference)
         acks = {}
-        for slot in [*self._slots, *self._extras.slots]:
+        for slot in [*self._own(), *self._extras.slots]:
             ack = slot.actor.publish.remote(reference)
             if slot.ready:  # who still starts is told next, before any unit
                 acks[ack] = slot
@@ -230,9 +239,25 @@ class ReplicaPool(LedgerExecutor):
         self._num_started += 1
         if strategy is None and self._room is not None:
             strategy = PlacementGroupSchedulingStrategy(self._room)
-        return Slot.start(
-            name, self.cluster, self._resources, self._shared, self._published, strategy
-        )
+        return Slot.start(name, self.cluster, self._shared, self._published, strategy)
+
+    def _own(self) -> list[Slot]:
+        """All that aren't extra."""
+        return self._slots if self._meter is None else [*self._slots, self._meter]
+
+    def _at_target(self, target: ClusterConfig) -> Slot:
+        """The replica that measures latency, at the target device."""
+        if self._meter is None:
+
+            def start() -> Slot:
+                return Slot.start("meter", target, self._shared, self._published, "DEFAULT")
+
+            slots = [start()]
+            info = wait_ready(slots, start, target)
+            # What it computes counts for nothing, so that it may be another kind of machine.
+            check_alike("meter", replace(info, numeric_class=self._info.numeric_class), self._info)
+            (self._meter,) = slots
+        return self._meter
 
     def _replace(self, slot: Slot, reason: str) -> None:
         """Puts a new replica where one was lost; an extra one only goes."""
@@ -243,6 +268,9 @@ class ReplicaPool(LedgerExecutor):
         _log.warning("%s is replaced: %s", slot.name, reason)
         slot.kill()
         self.num_lost += 1
+        if slot is self._meter:
+            self._meter = None
+            return
         self._slots[self._slots.index(slot)] = self._start()
 
     def _any_ready(self) -> Slot:

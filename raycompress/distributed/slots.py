@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from raycompress.errors import ClusterError
 from raycompress.host import MAX_BUILT
 from raycompress.units import HostInfo, Unit
 
-__all__ = ["Slot", "answers_of", "finished", "wait_ready"]
+__all__ = ["Slot", "answers_of", "check_alike", "finished", "wait_ready"]
 
 SETUP_ATTEMPTS = 3
 
@@ -67,7 +67,6 @@ class Slot:
     def start(
         name: str,
         cluster: ClusterConfig,
-        resources: Mapping[str, float],
         shared: SharedSpec,
         published: Sequence[Any],
         strategy: Any = None,
@@ -76,7 +75,7 @@ class Slot:
         wrap: Any = ray.remote(  # type: ignore[call-overload]  # lacks concurrency_groups
             num_cpus=cluster.cpus,
             num_gpus=cluster.gpus,
-            resources=dict(resources) or None,
+            resources=dict(cluster.resources) or None,
             max_restarts=0,
             max_task_retries=0,
             concurrency_groups={"control": 1},  # answers while a unit runs

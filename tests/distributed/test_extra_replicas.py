@@ -15,6 +15,7 @@ from raycompress.candidate import Candidate, Trial
 from raycompress.config import ClusterConfig
 from raycompress.distributed import extras
 from raycompress.distributed.pool import ReplicaPool
+from raycompress.errors import ClusterError
 from raycompress.ledger import Ledger, read_ledger
 from raycompress.search import Search, run_search
 
@@ -114,8 +115,18 @@ def test_latency_is_measured_at_the_target_device(toy: Toy, growing: Cluster) ->
     growing.add_node(num_cpus=4, object_store_memory=memory)
     phone = growing.add_node(num_cpus=1, resources={"phone": 1}, object_store_memory=memory)
     growing.wait_for_nodes()
-    one = ClusterConfig(replicas=1, cpus=1)
-    with ReplicaPool(toy.spec(), one, resources={"phone": 1}) as pool:
+    two_cores = ClusterConfig(replicas=1, cpus=2)  # not on the phone, which has one
+    with ReplicaPool(toy.spec(), two_cores, target={"phone": 1, "CPU": 1}) as pool:
         rows = pool.latency({"dense": Candidate(toy.digest)}, (1, 2), 3)
         assert [(row.batch_size, row.repeats) for row in rows] == [(1, 3), (2, 3)]
-        assert [slot.node for slot in pool._slots] == [phone.node_id]
+        assert pool._meter is not None and pool._meter.node == phone.node_id
+        assert [slot.node == phone.node_id for slot in pool._slots] == [False]
+        ray.kill(pool._meter.actor)
+        pool.publish(toy.ranking)  # the one that measures is told, too, and its loss is noticed
+        rows = pool.latency({"dense": Candidate(toy.digest), "slim": toy.candidate(3)}, (1,), 3)
+        assert len(rows) == 2 and pool.num_lost == 1
+        assert pool._meter.node == phone.node_id
+    with pytest.raises(
+        ClusterError, match=r"measures latency doesn't fit \(latency.resources\): no"
+    ):
+        ReplicaPool(toy.spec(), two_cores, target={"phone": 2})

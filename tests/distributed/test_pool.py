@@ -199,7 +199,7 @@ def test_what_cannot_fit_is_refused_at_once(toy: Toy) -> None:
     with pytest.raises(ClusterError, match=r"no node has 1 CPU, 1 GPU \(1 node\(s\): 8 CPU"):
         ReplicaPool(toy.spec(), ClusterConfig(replicas=1, gpus=1))
     with pytest.raises(ClusterError, match="no node has 1 CPU, 1 phone"):
-        ReplicaPool(toy.spec(), ClusterConfig(replicas=1), resources={"phone": 1})
+        ReplicaPool(toy.spec(), ClusterConfig(replicas=1, resources={"phone": 1}))
     assert time.monotonic() - start < 5
 
 

@@ -78,13 +78,13 @@ def test_four_replicas_share_two_gpus_and_one_copy_of_the_weights(
 
 
 def test_a_replica_stands_at_the_target_device(toy: Toy) -> None:
-    one = ClusterConfig(replicas=1, cpus=0.5)
-    with ReplicaPool(toy.spec(), one, resources={"phone": 1}) as pool:
+    one = ClusterConfig(replicas=1, cpus=0.5, resources={"phone": 1})
+    with ReplicaPool(toy.spec(), one) as pool:
         lent = ray.get(pool.replicas[0].probe.remote([]))
         assert lent["resources"]["phone"] == 1 and lent["gpus"] == []
         assert ray.available_resources().get("phone", 0) == 0
     with pytest.raises(ClusterError, match=r"they need 2 phone in all, the cluster has 1"):
-        ReplicaPool(toy.spec(), ClusterConfig(replicas=2, cpus=0.5), resources={"phone": 1})
+        ReplicaPool(toy.spec(), ClusterConfig(replicas=2, cpus=0.5, resources={"phone": 1}))
 
 
 @pytest.mark.slow
