@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,14 +21,15 @@ from raycompress.plan import Plan, StudyPlan, prepare
 from raycompress.progress import Progress, SilentProgress
 from raycompress.publish import check_tracking, open_tracker, publish, unpublished
 from raycompress.results import JobResult, SampleRow
+from raycompress.signals import held, ignored, terminable
 from raycompress.storage import writing
-from raycompress.tracking.base import Status, Tracker
+from raycompress.tracking.base import NoTracker, Status, Tracker
 from raycompress.trial import Shared, finished, run_trial
 from raycompress.tuned import Samples
 from raycompress.tuning import Searcher
 from raycompress.watch import Watch
 
-__all__ = ["RayBackend", "backend_of", "run", "terminable", "validate"]
+__all__ = ["RayBackend", "backend_of", "run", "validate"]
 
 STATUS: dict[str, Status] = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 """Of a sample's run in the tracking store."""
@@ -164,19 +163,19 @@ def run(
     """
     plan = validate(job)
     shown = progress if progress is not None else SilentProgress()
-    with ExitStack() as stack:
-        stack.callback(shown.close)
-        stack.enter_context(writing(plan.output))
-        stack.enter_context(lock(plan.output))
-        if not changed:
-            check_changes(plan.config, plan.output)
-        stack.enter_context(terminable())
-        try:
+    try:
+        with ExitStack() as stack:
+            stack.callback(shown.close)
+            stack.enter_context(writing(plan.output))
+            stack.enter_context(lock(plan.output))
+            if not changed:
+                check_changes(plan.config, plan.output)
+            stack.enter_context(terminable())
             return _run(plan, shown, stack)
-        except KeyboardInterrupt:
-            raise InterruptedJob(
-                f"stopped; what was finished is in {plan.output}, and the same command continues"
-            ) from None
+    except KeyboardInterrupt:  # or a second one, while what the stack holds was left
+        raise InterruptedJob(
+            f"stopped; what was finished is in {plan.output}, and the same command continues"
+        ) from None
 
 
 def _run(plan: Plan, progress: Progress, stack: ExitStack) -> JobResult:
@@ -186,8 +185,10 @@ def _run(plan: Plan, progress: Progress, stack: ExitStack) -> JobResult:
     if kept:
         progress.message(f"Continues: {kept} finished units of work are in {plan.output}")
     progress.stage("Open the tracking store")
-    tracker = open_tracker(plan, job_key(config), progress.message)
+    tracker: Tracker = NoTracker()
     try:
+        with held():  # else a run could be there that nobody ends
+            tracker = open_tracker(plan, job_key(config), progress.message)
         backend = backend_of(plan, progress, stack)
 
         def report(name: str, step: int, metrics: Mapping[str, float]) -> None:
@@ -213,7 +214,8 @@ def _run(plan: Plan, progress: Progress, stack: ExitStack) -> JobResult:
 def _end(tracker: Tracker, status: Status, progress: Progress) -> None:
     """Ends the runs of a job that isn't done; why it isn't matters more than a store's trouble."""
     try:
-        tracker.finish(status)
+        with ignored():  # it gives up within seconds
+            tracker.finish(status)
     except TrackingError as error:
         progress.message(f"{error}; its run may stand there as RUNNING until the job continues")
 
@@ -266,20 +268,3 @@ def _config(job: JobConfig | Mapping[str, Any] | str | Path) -> JobConfig:
     if isinstance(job, str | Path):
         return load_job(job)
     return parse_job(job)
-
-
-@contextmanager
-def terminable() -> Iterator[None]:
-    """SIGTERM, which ends a submitted job, stops as Ctrl-C does."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

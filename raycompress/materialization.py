@@ -14,7 +14,7 @@ from raycompress.artifacts import save
 from raycompress.backend import Backend
 from raycompress.candidate import Candidate, Training
 from raycompress.config import JobConfig
-from raycompress.driver import backend_of, terminable, validate
+from raycompress.driver import backend_of, validate
 from raycompress.errors import (
     ArtifactError,
     ConfigError,
@@ -34,6 +34,7 @@ from raycompress.points import read_table
 from raycompress.progress import Progress, SilentProgress
 from raycompress.quantized import Quantized, quantize_candidate, time_quantized
 from raycompress.results import JobResult, ModelRow, QuantizedResult, Verification
+from raycompress.signals import terminable
 from raycompress.storage import ObjectPath, Place, place_of, staged
 from raycompress.task import SPLITS
 from raycompress.trial import load_ranking, write_json
@@ -133,15 +134,15 @@ def materialize(
     seed = config.seed if own is None else own.seed
     training = recovery(config, seed, origin["weights"]) if recover else Training(0.0)
     shown = progress if progress is not None else SilentProgress()
-    with ExitStack() as stack:
-        stack.callback(shown.close)
-        stack.enter_context(lock(plan.output))
-        stack.enter_context(terminable())
-        try:
+    try:
+        with ExitStack() as stack:
+            stack.callback(shown.close)
+            stack.enter_context(lock(plan.output))
+            stack.enter_context(terminable())
             work = _Work(plan, chosen, origin["weights"], training, recover, quantize, seed)
             return _materialize(work, backend_of(plan, shown, stack), shown)
-        except KeyboardInterrupt:
-            raise InterruptedJob("stopped; the same command starts again") from None
+    except KeyboardInterrupt:
+        raise InterruptedJob("stopped; the same command starts again") from None
 
 
 def _config(job: Place, overrides: Sequence[str]) -> JobConfig:

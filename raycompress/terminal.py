@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from raycompress.errors import InterruptedJob, RaycompressError
+from raycompress.signals import ignored
 
 __all__ = ["Stopped", "guarded", "nothing_on_stdout", "show_error", "unexpected"]
 
@@ -32,10 +33,12 @@ def guarded(action: Callable[[], None], debug: bool) -> None:
     except RaycompressError as error:
         if debug:
             raise
-        show_error(str(error))
+        with ignored():
+            show_error(str(error))
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
-        show_error("stopped; the same command starts again")
+        with ignored():
+            show_error("stopped; the same command starts again")
         raise typer.Exit(InterruptedJob.exit_code) from None
     except Exception as error:
         # The task's own code, or a bug: what it takes to find it is kept, off the screen.
