@@ -18,10 +18,11 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raycompress.candidate import Candidate, Ranking
 from raycompress.config import ClusterConfig
-from raycompress.distributed.cluster import bundle, check_feasible, reserve
+from raycompress.distributed.cluster import bundle, reserve
 from raycompress.distributed.extras import Extras
 from raycompress.distributed.losses import UNREACHABLE, advised, loss_reason, named, on_living_nodes
-from raycompress.distributed.slots import Slot, answers_of, check_alike, finished, wait_ready
+from raycompress.distributed.meter import Meter
+from raycompress.distributed.slots import Slot, answers_of, finished, wait_ready
 from raycompress.distributed.spec import PackedWeights, PoolSpec, SharedSpec
 from raycompress.distributed.waiting import Waiting
 from raycompress.errors import EvaluationError, RaycompressError, StorageError
@@ -91,18 +92,11 @@ class ReplicaPool(LedgerExecutor):
         self.cluster = cluster
         self.num_lost = 0
         self._shared = shared
-        self._target: ClusterConfig | None = None
-        self._meter: Slot | None = None
+        self._meter = Meter(cluster, target) if target else None
         self._published: list[Any] = list(shared.weights)
         self._num_started = 0
         self._polled = 0.0
         self._room = None
-        if target:
-            own = {name: amount for name, amount in target.items() if name not in ("CPU", "GPU")}
-            cpus, gpus = target.get("CPU", cluster.cpus), target.get("GPU", cluster.gpus)
-            self._target = replace(cluster, cpus=cpus, gpus=gpus, resources=own)
-            what = "the replica that measures latency doesn't fit (latency.resources)"
-            check_feasible([bundle(self._target)], what, cluster.start_timeout)
         if not reserved:
             asked = [bundle(cluster)] * cluster.replicas
             self._room = reserve(asked, f"{cluster.replicas} replicas", cluster.start_timeout)
@@ -185,7 +179,7 @@ class ReplicaPool(LedgerExecutor):
             timeout = None if max_seconds is None else timeout + max_seconds
         reason = ""
         for _ in range(MAX_LOSSES):
-            slot = self._any_ready() if self._target is None else self._at_target(self._target)
+            slot = self._measuring()
             try:
                 return ray.get(getattr(slot.actor, method).remote(*arguments), timeout=timeout)
             except ray.exceptions.RayTaskError as error:
@@ -243,21 +237,14 @@ class ReplicaPool(LedgerExecutor):
 
     def _own(self) -> list[Slot]:
         """All that aren't extra."""
-        return self._slots if self._meter is None else [*self._slots, self._meter]
+        meter = self._meter.slot if self._meter is not None else None
+        return self._slots if meter is None else [*self._slots, meter]
 
-    def _at_target(self, target: ClusterConfig) -> Slot:
-        """The replica that measures latency, at the target device."""
+    def _measuring(self) -> Slot:
+        """The replica that measures latency."""
         if self._meter is None:
-
-            def start() -> Slot:
-                return Slot.start("meter", target, self._shared, self._published, "DEFAULT")
-
-            slots = [start()]
-            info = wait_ready(slots, start, target)
-            # What it computes counts for nothing, so that it may be another kind of machine.
-            check_alike("meter", replace(info, numeric_class=self._info.numeric_class), self._info)
-            (self._meter,) = slots
-        return self._meter
+            return self._any_ready()
+        return self._meter.ready(self._shared, self._published, self._info)
 
     def _replace(self, slot: Slot, reason: str) -> None:
         """Puts a new replica where one was lost; an extra one only goes."""
@@ -268,8 +255,8 @@ class ReplicaPool(LedgerExecutor):
         _log.warning("%s is replaced: %s", slot.name, reason)
         slot.kill()
         self.num_lost += 1
-        if slot is self._meter:
-            self._meter = None
+        if self._meter is not None and slot is self._meter.slot:
+            self._meter.slot = None
             return
         self._slots[self._slots.index(slot)] = self._start()
 

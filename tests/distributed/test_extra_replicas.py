@@ -119,13 +119,14 @@ def test_latency_is_measured_at_the_target_device(toy: Toy, growing: Cluster) ->
     with ReplicaPool(toy.spec(), two_cores, target={"phone": 1, "CPU": 1}) as pool:
         rows = pool.latency({"dense": Candidate(toy.digest)}, (1, 2), 3)
         assert [(row.batch_size, row.repeats) for row in rows] == [(1, 3), (2, 3)]
-        assert pool._meter is not None and pool._meter.node == phone.node_id
+        assert pool._meter is not None and pool._meter.slot is not None
+        assert pool._meter.slot.node == phone.node_id
         assert [slot.node == phone.node_id for slot in pool._slots] == [False]
-        ray.kill(pool._meter.actor)
+        ray.kill(pool._meter.slot.actor)
         pool.publish(toy.ranking)  # the one that measures is told, too, and its loss is noticed
         rows = pool.latency({"dense": Candidate(toy.digest), "slim": toy.candidate(3)}, (1,), 3)
         assert len(rows) == 2 and pool.num_lost == 1
-        assert pool._meter.node == phone.node_id
+        assert pool._meter.slot.node == phone.node_id
     with pytest.raises(
         ClusterError, match=r"measures latency doesn't fit \(latency.resources\): no"
     ):

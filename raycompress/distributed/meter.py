@@ -1,0 +1,61 @@
+"""The replica that measures latency where that isn't any of those that work: at a target device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from raycompress.config import ClusterConfig
+from raycompress.distributed.cluster import bundle, check_feasible
+from raycompress.distributed.slots import Slot, check_alike, wait_ready
+from raycompress.distributed.spec import SharedSpec
+from raycompress.units import HostInfo
+
+__all__ = ["Meter"]
+
+
+class Meter:
+    """A place for one replica, which starts when it is asked for.
+
+    Args:
+        cluster: Of the replicas that work: its deadlines, and what isn't said of this one.
+        target: Ray resources; CPU and GPU are as in `cluster` where they aren't given.
+
+    Attributes:
+        slot: The replica; None: it hasn't started, or was lost.
+
+    Raises:
+        ClusterError: No node has these resources.
+    """
+
+    def __init__(self, cluster: ClusterConfig, target: Mapping[str, float]) -> None:
+        own = {name: amount for name, amount in target.items() if name not in ("CPU", "GPU")}
+        cpus, gpus = target.get("CPU", cluster.cpus), target.get("GPU", cluster.gpus)
+        self._cluster = replace(cluster, cpus=cpus, gpus=gpus, resources=own)
+        self.slot: Slot | None = None
+        what = "the replica that measures latency doesn't fit (latency.resources)"
+        check_feasible([bundle(self._cluster)], what, cluster.start_timeout)
+
+    def ready(self, shared: SharedSpec, published: Sequence[Any], info: HostInfo) -> Slot:
+        """The replica, started now if it isn't there.
+
+        Args:
+            shared: What replicas host.
+            published: What all were told.
+            info: What the others are.
+
+        Raises:
+            ClusterError: It isn't up in time, or has other code or data.
+        """
+        if self.slot is None:
+
+            def start() -> Slot:
+                return Slot.start("meter", self._cluster, shared, published, "DEFAULT")
+
+            slots = [start()]
+            own = wait_ready(slots, start, self._cluster)
+            # What it computes counts for nothing, so that it may be another kind of machine.
+            check_alike("meter", replace(own, numeric_class=info.numeric_class), info)
+            (self.slot,) = slots
+        return self.slot
