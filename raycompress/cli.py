@@ -5,7 +5,6 @@ Heavy imports stand inside the commands, so that `--help` answers at once.
 
 from __future__ import annotations
 
-import atexit
 import os
 import sys
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from rich.console import Console
 
 from raycompress import __version__, remote
 from raycompress.errors import ConfigError, InputError
-from raycompress.signals import at_once, ignore, terminable
+from raycompress.signals import ignore, terminable
 from raycompress.terminal import guarded, nothing_on_stdout
 
 if TYPE_CHECKING:
@@ -59,12 +58,11 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
 
 def main() -> None:
     """Entry point; whenever a signal comes, a command ends with its own code and no traceback."""
-    atexit.register(ignore)
     try:
         with terminable():
             app()
-    except SystemExit as done:
-        at_once(done.code if isinstance(done.code, int) else 1)  # Ray's own end takes a while
+    except SystemExit:
+        ignore()
         raise
 
 

@@ -230,7 +230,6 @@ def backend_of(plan: Plan, progress: Progress, stack: ExitStack) -> Backend:
     from raycompress.distributed.reach import check_reach
 
     stack.enter_context(connect(config.cluster))
-    stack.enter_context(terminable())  # again: Ray has put its own handler there
     check_reach(plan.output)
     return RayBackend()
 

@@ -7,15 +7,13 @@ other these do nothing.
 
 from __future__ import annotations
 
-import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["at_once", "held", "ignore", "ignored", "terminable"]
+__all__ = ["held", "ignore", "ignored", "terminable"]
 
 BOTH = (signal.SIGINT, signal.SIGTERM)
 
@@ -55,21 +53,10 @@ def ignored() -> Iterator[None]:
         yield
 
 
-def at_once(code: int) -> None:
-    """From here on a signal ends the process with this code.
-
-    For its very end, when what was registered with `atexit` may take a while.
-    """
-    if not sys.stdout.closed:
-        sys.stdout.flush()  # nothing is, where the process ends so
-    for number in BOTH:
-        signal.signal(number, lambda number, frame: os._exit(code))
-
-
 def ignore() -> None:
-    """From here on signals are ignored: Python would let them kill it while it takes itself down.
+    """From here on signals are ignored, to the end of the process.
 
-    To be registered with `atexit` before all others, so that it comes after them.
+    For what little Python and Ray do then: a local cluster would leave processes behind.
     """
     for number in BOTH:
         signal.signal(number, signal.SIG_IGN)

@@ -18,6 +18,7 @@ import ray
 
 from raycompress.config import ClusterConfig
 from raycompress.errors import ClusterError
+from raycompress.signals import ignored, terminable
 
 __all__ = ["bundle", "check_address", "check_feasible", "connect", "describe", "reserve"]
 
@@ -60,7 +61,7 @@ def connect(cluster: ClusterConfig) -> Iterator[None]:
         check_address(address, "cluster.address" if cluster.address else "RAY_ADDRESS")
         options["address"] = address
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), terminable():  # which takes back Ray's own handler
             warnings.simplefilter("ignore")
             ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError, ray.exceptions.RayError) as e:
@@ -76,7 +77,10 @@ def connect(cluster: ClusterConfig) -> Iterator[None]:
     try:
         yield
     finally:
-        ray.shutdown()
+        # Cut short, the end of a local cluster would leave processes behind; it takes seconds. Ray
+        # sets SIGTERM to its default meanwhile, below Python; leaving these puts that right.
+        with ignored() if options["address"] == "local" else terminable():
+            ray.shutdown()
 
 
 def bundle(cluster: ClusterConfig) -> dict[str, Any]:

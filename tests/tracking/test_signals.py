@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
@@ -29,9 +30,9 @@ from raycompress.signals import held, ignored, terminable
 from raycompress.tracking import patient
 from raycompress.tracking.base import NoTracker, Status
 from raycompress.tracking.patient import PatientTracker
-from tests.distributed.chaos import events
+from tests.distributed.chaos import alive, events, send
+from tests.distributed.chaos_jobs import ANNEALING, states
 from tests.distributed.chaos_jobs import job as slow_job
-from tests.distributed.chaos_jobs import states
 
 ROOT = Path(__file__).parents[2]
 BOTH = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -295,13 +296,13 @@ def wait_for_work(job: dict[str, Any], process: subprocess.Popen[str], num: int)
         time.sleep(0.01)
 
 
-def hammer(process: subprocess.Popen[str], period: float) -> str:
+def hammer(process: subprocess.Popen[str], *numbers: signal.Signals) -> str:
     """Asks again and again until the process has ended; what it said."""
-    number = 0
-    while process.poll() is None:
-        process.send_signal((signal.SIGTERM, signal.SIGINT)[number % 2])
-        number += 1
-        time.sleep(period)
+    for number in itertools.cycle(numbers):
+        if process.poll() is not None:
+            break
+        process.send_signal(number)
+        time.sleep(0.1)
     _, err = process.communicate(timeout=10)
     assert process.returncode == 75, (process.returncode, err)
     assert "Traceback" not in err and "Exception ignored" not in err, err
@@ -317,6 +318,37 @@ def test_a_process_that_is_asked_again_and_again_tells_its_end(
     process = start(job)
     wait_for_work(job, process, 20)
     begun = time.monotonic()
-    err = hammer(process, 0.1)
+    err = hammer(process, signal.SIGTERM, signal.SIGINT)
     assert time.monotonic() - begun < 15 and "the same command continues" in err
     assert states(tmp_path / "out") == ["KILLED", "KILLED"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_on_ray_a_replica_that_dies_meanwhile_and_another_signal_change_nothing(
+    tmp_path: Path, migrated: Path
+) -> None:
+    job = slow_job("annealing", tmp_path / "out", 0.02)
+    job["pruners"] = [{**ANNEALING, "iterations": 60}]
+    use_store(job, migrated)
+    process = start(job)
+    wait_for_work(job, process, 20)
+    hosts = {event.pid for event in events(Path(job["task_args"]["log"]))}
+    process.send_signal(signal.SIGINT)
+    killed = [pid for pid in hosts if alive(pid)][:1]
+    send(killed, signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert killed and process.returncode == 75, err
+    assert "the same command continues" in err and "Traceback" not in err
+    assert states(tmp_path / "out") == ["KILLED", "KILLED"]
+    before = len(read_ledger(tmp_path / "out" / "ledger"))
+
+    process = start(job)
+    wait_for_work(job, process, 20)
+    process.send_signal(signal.SIGTERM)
+    # The second ones are no SIGTERM: while Ray ends, that kills a process whatever its handler.
+    err = hammer(process, signal.SIGINT)
+    assert f"Continues: {before} finished units" in err
+    assert states(tmp_path / "out") == ["KILLED", "KILLED"]
+    records = [record["key"] for record in read_ledger(tmp_path / "out" / "ledger")]
+    assert before < len(records) == len(set(records))
