@@ -25,7 +25,7 @@ from raycompress.identity import data_digest, numeric_class, task_digest
 from raycompress.masks import masked_copy
 from raycompress.method import TrainingRun, train_within
 from raycompress.quantization.quantizer import Quantization
-from raycompress.storage import Place, place_of, staged
+from raycompress.storage import Place, place_of, staged, writing
 from raycompress.structure import Structure
 from raycompress.structure.latency.measure import LatencyRow, measure
 from raycompress.structure.latency.table import LatencyTable, latency_table
@@ -128,8 +128,10 @@ class ModelHost(Builder):
         self, batch_size: int, folder: str | Place | None, max_seconds: float
     ) -> LatencyTable:
         """The latency table of the task's model on this host's device; see `latency_table`."""
-        stage = nullcontext(None) if folder is None else staged(place_of(folder))
-        with self.evaluation.own_threads(), stage as local:
+        place = None if folder is None else place_of(folder)
+        stage = nullcontext(None) if place is None else staged(place)
+        full = nullcontext() if place is None else writing(place)
+        with full, self.evaluation.own_threads(), stage as local:
             return latency_table(
                 self._base,
                 self.structure,

@@ -290,7 +290,11 @@ def _best(trials: Sequence[TrialResult]) -> str:
 
 
 def _notes(plan: Plan, table: LatencyTable | None) -> tuple[str, ...]:
-    failed = [r for r in scan_ledger(plan.output / "ledger") if r.get("failure")]
+    failed: dict[str, str] = {}
+    for record in scan_ledger(plan.output / "ledger"):
+        failed.pop(record["key"], None)  # what lacked memory may have been done by a later run
+        if record["failure"] is not None:
+            failed[record["key"]] = record["failure"]
     notes = [
         "Scores on validation data selected; scores on test data selected nothing.",
         "Latency depends on the machine; everything else is the same on every run on it.",
@@ -307,5 +311,5 @@ def _notes(plan: Plan, table: LatencyTable | None) -> tuple[str, ...]:
     if tune and tune.scheduler == "asha" and at_once:
         notes.append("Which trials were stopped depends on the order in which they ran.")
     if failed:
-        notes.append(f"{len(failed)} candidates failed, first: {failed[0]['failure']}")
+        notes.append(f"{len(failed)} candidates failed, first: {next(iter(failed.values()))}")
     return tuple(notes)

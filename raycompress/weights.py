@@ -173,10 +173,15 @@ def _cached(path: ObjectPath, digest: str) -> Path:
         data = path.read_bytes()
     except FileNotFoundError:
         raise RaycompressError(f"weights {digest} are not in {path.parent}") from None
-    folder.mkdir(parents=True, exist_ok=True)
-    _make_room(folder, len(data))
     temporary = folder / f".{digest}.{os.getpid()}.partial"
-    temporary.write_bytes(data)
+    with writing(temporary, len(data)):
+        folder.mkdir(parents=True, exist_ok=True)
+        _make_room(folder, len(data))
+        try:
+            temporary.write_bytes(data)
+        except OSError:
+            temporary.unlink(missing_ok=True)  # it would take the room that there is
+            raise
     try:
         found = digest_of_state(_read(temporary))
     except SafetensorError as error:

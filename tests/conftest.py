@@ -1,8 +1,9 @@
-"""An S3-compatible store on loopback, for tests that ask for one."""
+"""An S3-compatible store on loopback and a small disk, for tests that ask for one."""
 
 from __future__ import annotations
 
 import logging
+import subprocess
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,3 +57,17 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
         return tmp_path / "out"
     found: ObjectPath = request.getfixturevalue("remote")
     return found
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """512 KiB in memory."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=512k", "none", str(folder)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"no permission to mount a small disk: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)

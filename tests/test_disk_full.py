@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,34 +12,7 @@ from raycompress.errors import StorageError
 from raycompress.ledger import Ledger, read_ledger
 from raycompress.storage import write_whole
 from raycompress.weights import Weights, WeightStore
-
-KB = 1024
-
-
-@pytest.fixture
-def disk(tmp_path):
-    """512 KiB in memory."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=512k", "none", str(folder)], capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"no permission to mount a small disk: {mounted.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-def fill(disk: Path, leave: int = 0) -> Path:
-    """Fills a disk but for some bytes."""
-    ballast = disk / "ballast"
-    with ballast.open("wb", buffering=0) as file:
-        try:
-            while file.write(bytes(4 * KB)):
-                pass
-        except OSError:
-            file.truncate(max(0, file.tell() - leave))
-    return ballast
+from tests.disks import KB, Filling, fill
 
 
 def test_a_ledger_keeps_whole_records_alone(disk):
@@ -89,28 +61,6 @@ JOB = {
     "cluster": {"executor": "local"},
     "tracking": {"uri": "none"},
 }
-
-
-class Filling:
-    """A job's progress, by which its disk is filled in the middle of a search."""
-
-    def __init__(self, disk: Path, leave: int) -> None:
-        self.disk, self.leave, self.steps = disk, leave, 0
-        self.messages: list[str] = []
-
-    def stage(self, name: str) -> None:
-        self.messages.append(name)
-
-    def step(self, text: str, done: int = 0, total: int | None = None) -> None:
-        self.steps += 1
-        if self.steps == 1:
-            fill(self.disk, self.leave)
-
-    def message(self, text: str) -> None:
-        self.messages.append(text)
-
-    def close(self) -> None:
-        pass
 
 
 def test_a_job_ends_at_once_with_the_reason_and_continues_with_room(disk, tmp_path):

@@ -143,6 +143,26 @@ def test_weights_that_training_spoilt_are_not_kept(tmp_path):
         )
 
 
+def test_what_a_later_run_mended_is_no_failure_any_more(tmp_path):
+    faults, output = tmp_path / "faults", tmp_path / "out"
+    faults.mkdir()
+    (faults / "small").touch()
+    short = {
+        **job(output, "", {"folder": str(faults)}, pruners=[{"type": "L1Filter", "sparsity": 0.5}]),
+        "task": "tests.distributed.faulty_task:FaultyTask",
+    }
+    with pytest.raises(EvaluationError, match=r"all 1 trials failed: .*allocate memory"):
+        run(short)
+    (faults / "small").unlink()
+    result = run(short)
+    found = read_ledger(output / "ledger")
+    failed = {record["key"] for record in found if record["failure"] is not None}
+    mended = {record["key"] for record in found if record["failure"] is None}
+    assert failed and failed < mended
+    assert result.trials[0].failure is None
+    assert not any("failed" in note for note in result.notes), result.notes
+
+
 def test_the_terminal_names_what_failed(tmp_path):
     (tmp_path / "job.yaml").write_text(
         "name: failing\ntask: tests.failing_tasks:FailingTask\n"

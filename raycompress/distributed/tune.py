@@ -27,9 +27,11 @@ from raycompress.distributed.losses import advised, loss_reason
 from raycompress.distributed.pool import ReplicaPool
 from raycompress.distributed.spec import PoolSpec, SharedSpec, TrialSpec, import_object
 from raycompress.distributed.watching import (
+    FULL,
     MAX_RETRIES,
     OnReport,
     check_room,
+    full_disk,
     name_of,
     overseer,
     quiet,
@@ -37,7 +39,7 @@ from raycompress.distributed.watching import (
     watching,
 )
 from raycompress.errors import ClusterError, EvaluationError, InputError, StorageError
-from raycompress.storage import Place, place_of, write_whole
+from raycompress.storage import Place, place_of, write_whole, writing
 
 __all__ = ["TrialSpec", "run_samples", "run_trials"]
 
@@ -93,6 +95,7 @@ def run_trials(
 
     Raises:
         ClusterError: A trial can never fit the cluster, or not any more.
+        StorageError: A trial, or one of its replicas, had no space left; all have been stopped.
         KeyboardInterrupt: SIGINT or SIGTERM; the trials have been stopped.
     """
     folder = _absolute(output) / "tune"
@@ -119,9 +122,6 @@ def run_trials(
             for name in missing
             if results[name] is None and name not in stopped
         }
-        for reason in failures.values():
-            if (start := reason.find("StorageError: ")) >= 0:
-                raise StorageError(reason[start:].partition(": ")[2])
     return {name: result for name, result in results.items() if result is not None}, failures
 
 
@@ -155,6 +155,7 @@ def run_samples(
 
     Raises:
         ClusterError: A trial can never fit the cluster, or not any more.
+        StorageError: A trial, or one of its replicas, had no space left; all have been stopped.
         KeyboardInterrupt: SIGINT or SIGTERM; the trials have been stopped.
     """
     folder = _absolute(output) / "tune"
@@ -207,7 +208,7 @@ def _fit(
     trainable = tune.with_resources(
         tune.with_parameters(_trial, common=common), tune.PlacementGroupFactory(bundles, "PACK")
     )
-    watch = watching(on_report)
+    watch, disk = watching(on_report), full_disk()
     with quiet(), stopping() as stopped, _own_files(folder) as storage:
 
         def fit() -> Any:
@@ -227,6 +228,7 @@ def _fit(
                     name=_run_name(folder),
                     storage_path=str(storage),
                     verbose=0,
+                    stop=disk,
                     failure_config=tune.FailureConfig(max_failures=MAX_RETRIES),
                     callbacks=[overseer(stopped, common.cluster)],
                 ),
@@ -235,6 +237,8 @@ def _fit(
         grid = _whatever_memory(fit, watch, searcher)
     if stopped.is_set():
         raise KeyboardInterrupt
+    if disk.reason is not None:
+        raise StorageError(disk.reason)
     errors = {}
     for result in (grid[i] for i in range(len(grid))):
         if result.error is not None:
@@ -284,7 +288,6 @@ def _trial(config: Mapping[str, Any], common: _Common) -> None:
 
     name = config["name"]
     spec = common.specs.get(name) or TrialSpec(name, json.loads(config["payload"]))
-    folder = place_of(common.output)
     for path in reversed(common.spec.import_paths):
         if path not in sys.path:
             sys.path.insert(0, path)
@@ -292,13 +295,28 @@ def _trial(config: Mapping[str, Any], common: _Common) -> None:
     def report(step: int, metrics: Mapping[str, float]) -> None:
         tune.report({**metrics, "step": step, "reported": sorted(metrics)})
 
+    try:
+        _search(spec, common, report)
+    except StorageError as error:  # no room for a file either
+        tune.report({FULL: str(error)})
+
+
+def _search(spec: TrialSpec, common: _Common, report: Callable[..., None]) -> None:
+    """Runs a trial; why it failed is left in a file.
+
+    Raises:
+        StorageError: There is no space left, which is no trial's failure.
+        Exception: It failed, and may not if it is tried again.
+    """
+    folder = place_of(common.output)
     make_pool = partial(ReplicaPool, common.spec, common.cluster, reserved=True)
     try:
         run = import_object(common.run)
-        run(dict(spec.payload), make_pool, report, ray.get(common.shared))
+        with writing(folder):
+            run(dict(spec.payload), make_pool, report, ray.get(common.shared))
+    except StorageError:
+        raise
     except Exception as error:
-        if isinstance(error, StorageError):
-            raise  # no room for a file either
         text = f"{type(error).__name__}: {error}"
         write_whole(_error(folder, spec.name), json.dumps({"error": text}).encode())
         lasting = isinstance(error, InputError | EvaluationError)

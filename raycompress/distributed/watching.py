@@ -15,9 +15,11 @@ from raycompress.config import ClusterConfig
 from raycompress.distributed.cluster import bundle, check_feasible
 
 __all__ = [
+    "FULL",
     "MAX_RETRIES",
     "OnReport",
     "check_room",
+    "full_disk",
     "name_of",
     "overseer",
     "quiet",
@@ -30,6 +32,9 @@ MAX_RETRIES = 2
 
 Replay makes them cheap, and a trial that comes further each time may lose any number of nodes.
 """
+
+FULL = "no space left"
+"""Key under which a trial reports that it can't write any more, with the reason."""
 
 OnReport = Callable[[str, int, Mapping[str, float]], bool | None]
 """Called with (trial, step, metrics); True: the trial is to stop."""
@@ -92,6 +97,32 @@ def watching(on_report: OnReport | None) -> Any:
             self.ended.add(name_of(trial))
 
     return Watch()
+
+
+def full_disk() -> Any:
+    """What stops all trials once one can't write, for the others would meet it too."""
+    from ray import tune
+
+    class FullDisk(tune.Stopper):
+        """Its `reason` is what the first of them reported; None: there is room."""
+
+        def __init__(self) -> None:
+            self.reason: str | None = None
+
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (tune.stopper.NoopStopper, ())
+
+        def __deepcopy__(self, memo: dict[int, Any]) -> FullDisk:
+            return self
+
+        def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+            self.reason = self.reason or result.get(FULL)
+            return FULL in result
+
+        def stop_all(self) -> bool:
+            return self.reason is not None
+
+    return FullDisk()
 
 
 def overseer(stopped: threading.Event, cluster: ClusterConfig) -> Any:

@@ -1,4 +1,4 @@
-"""A trial's process that Ray kills for lack of memory: Tune gives up at it, the job doesn't."""
+"""What ends Tune without an answer: a trial's process killed for lack of memory, a full disk."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import ray
 from raycompress.distributed.searcher import GivenOut
 from raycompress.distributed.spec import TrialSpec
 from raycompress.distributed.tune import _whatever_memory
-from raycompress.distributed.watching import MAX_RETRIES
+from raycompress.distributed.watching import FULL, MAX_RETRIES, full_disk
 from raycompress.errors import EvaluationError
 
 
@@ -74,3 +74,11 @@ def test_samples_that_were_running_are_given_out_once_more() -> None:
     for trial in ("3", "4"):
         given.on_trial_complete(trial)
     assert ended == ["a", "b", "c"]
+
+
+def test_the_first_trial_without_space_stops_them_all() -> None:
+    disk = full_disk()
+    assert not disk("a", {"step": 1}) and not disk.stop_all() and disk.reason is None
+    assert disk("a", {FULL: "no space left to write x"}) and disk.stop_all()
+    assert disk("b", {FULL: "no space left to write y"}) and not disk("c", {"step": 2})
+    assert disk.reason == "no space left to write x"
