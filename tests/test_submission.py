@@ -1,5 +1,6 @@
 """What a submitted job takes with it, and what is refused before it travels."""
 
+import re
 import subprocess
 import sys
 import zipfile
@@ -167,3 +168,11 @@ def test_stop_and_status_of_nothing():
     for command in (["stop", "x"], ["status", "x"], ["status"]):
         done = CliRunner().invoke(app, [*command, "--address", "http://127.0.0.1:9"])
         assert done.exit_code == 2 and "no job server answers" in done.output
+
+
+def test_names_that_look_alike_have_submissions_of_their_own():
+    from raycompress.distributed.jobs import _plain
+
+    assert _plain("nets-v1.2_a") == "nets-v1.2_a"
+    found = {_plain(name) for name in ("a_b", "a b", "a/b", "a?b")}
+    assert len(found) == 4 and all(re.fullmatch(r"[\w.-]+", name) for name in found)

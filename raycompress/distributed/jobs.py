@@ -7,6 +7,7 @@ What it takes to submit it once more is in the submission's metadata.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import logging
 import os
@@ -161,7 +162,6 @@ class JobServer:
                 f"{submission.name})"
             )
         number = _number(runs[-1].id) + 1 if runs else 1
-        plain_name = re.sub(r"[^\w.-]", "_", submission.name)  # it becomes part of an address
         extra = dict(runtime_env or {})
         environment = {**ENVIRONMENT, **extra.pop("env_vars", {})}
         with tempfile.TemporaryDirectory() as folder, self._errors():
@@ -169,7 +169,7 @@ class JobServer:
             pack(submission.files, package)
             name: str = self._client.submit_job(
                 entrypoint=submission.entrypoint(python),
-                submission_id=f"{plain_name}-{number}",
+                submission_id=f"{_plain(submission.name)}-{number}",
                 runtime_env={**extra, "working_dir": str(package), "env_vars": environment},
                 metadata={KEY: submission.name, "raycompress.again": json.dumps(again)},
                 entrypoint_num_cpus=cpus or None,
@@ -265,6 +265,12 @@ class _Counted:
     def __call__(self, text: str) -> None:
         self._write(text)
         self.num += len(text)
+
+
+def _plain(name: str) -> str:
+    """A name that can be part of an address; others than that have a digest in it."""
+    plain = re.sub(r"[^\w.-]", "_", name)
+    return plain if plain == name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
 
 
 def _number(name: str) -> int:
