@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import subprocess
 import uuid
 from collections.abc import Iterator
@@ -71,3 +72,9 @@ def disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip(f"no permission to mount a small disk: {mounted.stderr.decode().strip()}")
     yield folder
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c() -> None:
+    """Ctrl-C reaches this process and those that it starts, also where a shell runs it behind."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
