@@ -20,7 +20,7 @@ from raycompress.plain import from_plain, to_plain
 from raycompress.quantization.quantizer import Quantization
 from raycompress.reconstruction import Reconstruction
 
-__all__ = ["Candidate", "Ranking", "Shard", "Training", "Trial", "digest_of"]
+__all__ = ["Candidate", "Ranking", "Shard", "Training", "Trial", "digest_of", "id_of"]
 
 
 def digest_of(value: Any) -> str:
@@ -33,6 +33,11 @@ def digest_of(value: Any) -> str:
 def _pair(name: str, count: int) -> tuple[str, int]:
     """One object for all candidates that hold it: they are most of what many of these take."""
     return name, count
+
+
+def id_of(key: Mapping[str, Any]) -> str:
+    """Of a candidate with this key, for people: in the table of points and in messages."""
+    return digest_of(key)[:10]
 
 
 @dataclass(frozen=True)

@@ -222,8 +222,11 @@ def prepare(config: JobConfig) -> Plan:
     )
     if config.recover is not None and config.recover.distill is not None:
         _check_features(model, config.recover.distill.features)
+    pruners: list[Pruner] = []  # each once: its bits don't depend on budget and seed
     for trial in plan.checked:
-        check_found_bits(plan.quantize, trial.pruner, problem)
+        if trial.pruner not in pruners:
+            pruners.append(trial.pruner)
+            check_found_bits(plan.quantize, trial.pruner, problem)
         check_trial(plan, trial, _Free())
     return plan
 

@@ -16,7 +16,7 @@ import pyarrow.parquet
 from torch import nn
 
 from raycompress.budget import Pricing
-from raycompress.candidate import Candidate, Trial, digest_of
+from raycompress.candidate import Candidate, Trial, id_of
 from raycompress.executor import LedgerExecutor
 from raycompress.identity import structure_digest
 from raycompress.pareto import RESOURCES, Point, marked
@@ -81,7 +81,7 @@ class Pricer:
         training, info = asked.training, self.executor.info
         seen_all = info.whole or num == info.num_examples["validation"]
         return Point(
-            id=digest_of(key)[:10],
+            id=id_of(key),
             trial=name,
             step=step,
             stage=stage,

@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 
-from raycompress.candidate import digest_of
+from raycompress.candidate import id_of
 from raycompress.errors import ClusterError, RaycompressError
 from raycompress.units import Unit
 
@@ -42,7 +42,7 @@ def named(unit: Unit) -> str:
     candidate = unit.candidate
     what = "training" if candidate.training else "evaluation"
     key = replace(candidate, shards=None, training=None).key()
-    return f"{'collection' if candidate.collect else what} of candidate {digest_of(key)[:10]}"
+    return f"{'collection' if candidate.collect else what} of candidate {id_of(key)}"
 
 
 def advised(reason: str) -> str:

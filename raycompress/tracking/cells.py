@@ -1,10 +1,10 @@
-"""How reports write numbers, and rows of Markdown tables."""
+"""How reports write numbers, and Markdown tables."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-__all__ = ["markdown_row", "number"]
+__all__ = ["markdown_table", "number"]
 
 
 def number(value: float) -> str:
@@ -15,6 +15,10 @@ def number(value: float) -> str:
     return f"{value:g}"
 
 
-def markdown_row(cells: Sequence[str]) -> str:
-    """A row of a Markdown table."""
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table."""
+    return [_row(header), _row(["---"] * len(header)), *map(_row, rows)]
+
+
+def _row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"

@@ -7,7 +7,7 @@ import shlex
 from rich.table import Table
 
 from raycompress.results import JobResult
-from raycompress.tracking.cells import markdown_row, number
+from raycompress.tracking.cells import markdown_table, number
 
 __all__ = ["front_section", "front_tables"]
 
@@ -87,9 +87,7 @@ def front_section(result: JobResult) -> list[str]:
             f"before recovery{f' ({left} more are not shown)' if left else ''}. Everything is in "
             "`pareto.parquet`, with the fronts by parameters, predicted latency and bytes.",
             "",
-            markdown_row(header),
-            markdown_row(["---"] * len(header)),
-            *(markdown_row([f"`{row[0]}`", *row[1:]]) for row in rows),
+            *markdown_table(header, ([f"`{row[0]}`", *row[1:]] for row in rows)),
             "",
         ]
     if not parts:

@@ -205,17 +205,11 @@ class MlflowTracker:
         # Class and weights, by which a model that was kept before is found.
         weights = digest_of_state(Weights(model.state_dict(), {}))
         weights = f"{type(model).__qualname__}:{weights}"
-        with guard(self._uri):
-            model_id = self._kept(weights) or self._keep(
-                "model",
-                weights,
-                lambda own, own_id: save_torch_model(
-                    model, example_inputs, own, self._run_id, own_id
-                ),
-            )
-            if registered_name is not None:
-                self._register(model_id, registered_name)
-        return f"models:/{model_id}"
+
+        def save(own: Path, own_id: str) -> None:
+            save_torch_model(model, example_inputs, own, self._run_id, own_id)
+
+        return self._log_model("model", weights, save, registered_name)
 
     def log_onnx(
         self,
@@ -231,15 +225,21 @@ class MlflowTracker:
         """
         from raycompress.tracking.mlflow_onnx import save_onnx_model
 
-        tag = f"onnx:{weights}"
+        def save(own: Path, own_id: str) -> None:
+            save_onnx_model(path, example_inputs, own, self._run_id, own_id)
+
+        return self._log_model("quantized", f"onnx:{weights}", save, registered_name)
+
+    def _log_model(
+        self,
+        name: str,
+        weights: str,
+        save: Callable[[Path, str], None],
+        registered_name: str | None,
+    ) -> str:
+        """Keeps and registers a model once for each run; see `_keep`."""
         with guard(self._uri):
-            model_id = self._kept(tag) or self._keep(
-                "quantized",
-                tag,
-                lambda own, own_id: save_onnx_model(
-                    path, example_inputs, own, self._run_id, own_id
-                ),
-            )
+            model_id = self._kept(weights) or self._keep(name, weights, save)
             if registered_name is not None:
                 self._register(model_id, registered_name)
         return f"models:/{model_id}"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from raycompress.results import JobResult, Latency, ModelRow, TrialResult
-from raycompress.tracking.cells import markdown_row
+from raycompress.tracking.cells import markdown_table
 
 __all__ = ["quantized_section", "quantized_table"]
 
@@ -38,11 +38,7 @@ def quantized_section(result: JobResult) -> list[str]:
     header, rows = _cells(result)
     if rows:
         parts += [f"## {_title(result)}", ""]
-        parts += [
-            markdown_row(header),
-            markdown_row(["---"] * len(header)),
-            *map(markdown_row, rows),
-        ]
+        parts += markdown_table(header, rows)
         parts += [
             "",
             "Float and quantized models are timed in turns on one runtime and one device. In "

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from raycompress.results import JobResult, Limit, ModelRow, TrialResult
-from raycompress.tracking.cells import markdown_row, number
+from raycompress.tracking.cells import markdown_table, number
 from raycompress.tracking.front_report import front_section, front_tables
 from raycompress.tracking.quantized_report import quantized_section, quantized_table
 
@@ -150,11 +150,7 @@ def report_markdown(result: JobResult) -> str:
     result = _first(result)
     header = _header(result.score_name, result.dense)
     parts = [f"# {result.name}", ""]
-    parts += [
-        markdown_row(header),
-        markdown_row(["---"] * len(header)),
-        *(markdown_row(line) for line in _lines(result)),
-    ]
+    parts += markdown_table(header, _lines(result))
     parts += [
         "",
         "Masked: parameters are those that aren't zero. Slim: really smaller; times are beside "
@@ -168,9 +164,8 @@ def report_markdown(result: JobResult) -> str:
     for trial in result.trials:
         parts += _trial(trial)
     parts += _samples(result)
-    parts += ["## Cost", "", markdown_row(COST_HEADER), markdown_row(["---"] * len(COST_HEADER))]
+    parts += ["## Cost", "", *markdown_table(COST_HEADER, _costs(result))]
     parts += [
-        *(markdown_row(row) for row in _costs(result)),
         "",
         "DFE: dense-forward equivalents; 1 is one pass of the dense model over the validation "
         "data. A search is charged for all that it asked for, also what the ledger answered; the "
@@ -241,13 +236,14 @@ def _samples(result: JobResult, most: int = 20) -> list[str]:
         names = list(dict.fromkeys(name for row in rows for name in row.settings))
         parts += [f"## Samples of {study}", "", f"{len(rows)} samples: {counts}.", ""]
         header = ["sample", result.score_name, "loss", "MACs", "parameters", *names]
-        parts += [markdown_row(header), markdown_row(["---"] * len(header))]
+        lines = []
         for row in ends[:most]:
             name = f"**{row.name}**" if row.best else row.name
             figures = [f"{row.score or 0.0:.4f}", f"{row.loss or 0.0:.4f}"]
             costs = [number(row.macs or 0.0), number(row.params or 0.0)]
             chosen = [_setting(row.settings.get(key, "")) for key in names]
-            parts.append(markdown_row([name, *figures, *costs, *chosen]))
+            lines.append([name, *figures, *costs, *chosen])
+        parts += markdown_table(header, lines)
         more = f" (the first {most} here)" if len(ends) > most else ""
         parts += ["", f"Bold: no other is better. All are in samples.csv{more}.", ""]
     return parts

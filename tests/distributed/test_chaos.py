@@ -196,14 +196,14 @@ def raycompress(path: Path) -> subprocess.Popen[str]:
 
 @pytest.mark.parametrize("name", JOBS)
 def test_a_killed_driver_goes_on_where_it_was(
-    name: str, whole: Nodes, calm: Any, tmp_path: Path
+    name: str, whole: Nodes, calm: Any, tmp_path: Path, migrated: Path
 ) -> None:
     before, expected = calm(name)
     rng, output = random.Random(f"{name} driver"), tmp_path / "out"
     content = job(name, output, 0.03, address=whole.address)
     if name == "two trials":
         content["tracking"] = {}
-        store(output)
+        store(output, migrated)
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(content))
     driver = raycompress(tmp_path / "job.yaml")
     killer = Killer(

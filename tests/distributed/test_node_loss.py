@@ -55,12 +55,12 @@ def test_a_unit_outlives_any_number_of_nodes(nodes: Nodes, toy: Toy) -> None:
 
 
 def test_trials_that_wait_for_lost_nodes_say_so_and_go_on_when_they_are_back(
-    nodes: Nodes, tmp_path: Path
+    nodes: Nodes, tmp_path: Path, migrated: Path
 ) -> None:
     calm, output = tmp_path / "calm", tmp_path / "out"
     expected = run(job("annealing", calm, executor="local"))
     nodes.restore(1)
-    store(output)
+    store(output, migrated)
     content = job("annealing", output, 0.05, **ONE, start_timeout=30.0)
     content["tracking"] = {}
     killer = Killer(Path(f"{output}.log"), output, [5], random.Random(0), nodes.one, alone=False)

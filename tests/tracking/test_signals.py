@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -33,6 +32,7 @@ from raycompress.tracking.patient import PatientTracker
 from tests.distributed.chaos import alive, events, send
 from tests.distributed.chaos_jobs import ANNEALING, states
 from tests.distributed.chaos_jobs import job as slow_job
+from tests.distributed.chaos_jobs import store as make_store
 
 ROOT = Path(__file__).parents[2]
 BOTH = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -255,8 +255,7 @@ def test_ctrl_c_leaves_a_submitted_job_running(monkeypatch: pytest.MonkeyPatch) 
 def use_store(job: dict[str, Any], migrated: Path) -> None:
     """The job's own MLflow store, made before."""
     del job["tracking"]
-    Path(job["output"]).mkdir()
-    shutil.copy(migrated, Path(job["output"]) / "mlflow.db")
+    make_store(Path(job["output"]), migrated)
 
 
 def start(job: dict[str, Any], *arguments: str) -> subprocess.Popen[str]:
