@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +57,7 @@ class Builder:
         self._rankings: dict[str, Ranking] = {}
         settings = self.evaluation
         self._splits = Splits(task, settings.batch_size, settings.num_shards, self.device)
+        self._cpu_splits: Splits | None = None
         self._imitated: tuple[str, int, nn.Module, Answers] | None = None
 
     def check_state(self, state: Mapping[str, Tensor]) -> None:
@@ -146,6 +149,34 @@ class Builder:
         if candidate.quantize is not None:
             self._quantize(model, candidate.quantize)
         return model
+
+    def float_twin(self, candidate: Candidate) -> nn.Module:
+        """What a quantized candidate computes with in float, on the device, in eval mode.
+
+        Of weights that are quantized already, with others in their place: theirs aren't stored.
+        """
+        if self.weights(candidate.weights).quantization is None:
+            return self.build(replace(candidate, quantize=None))
+        kept = self.kept(candidate)
+        model = slim(self._base, self.structure, kept) if kept else copy.deepcopy(self._base)
+        return model.to(self.device).eval()
+
+    def quantization(self, candidate: Candidate) -> Quantization | None:
+        """How a candidate is quantized: as it asks, or in its weights already."""
+        record = self.weights(candidate.weights).quantization
+        return candidate.quantize if record is None else Quantization.from_key(record)
+
+    def cpu_calibration(self, number: int) -> list[Any]:
+        """The first so many calibration batches, on the CPU."""
+        if self._cpu_splits is None:
+            cpu = torch.device("cpu")
+            same = self.device == cpu
+            self._cpu_splits = (
+                self._splits
+                if same
+                else Splits(self.task, self.evaluation.batch_size, self.evaluation.num_shards, cpu)
+            )
+        return self._cpu_splits.calibration(number)
 
     def _quantize(self, model: nn.Module, how: Quantization) -> None:
         """Gives a float model its quantizers, in place, and calibrates them."""

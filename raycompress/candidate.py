@@ -232,7 +232,10 @@ class Trial:
         dfe: Cost in dense-forward equivalents.
         replayed: The ledger answered; nothing was evaluated.
         dropped: It lost a race before all shards were looked at; `shards` are those that were.
-        probe: It was asked for as one of `Probes`.
+        probe: It was asked for as one of `Probes` or `Timings`.
+        latency_ms: Milliseconds of a forward pass on the runtime that was asked for; None: it
+            wasn't timed.
+        float_ms: Likewise of the float model that it was made of, where that was timed.
     """
 
     candidate: Candidate
@@ -244,6 +247,8 @@ class Trial:
     replayed: bool = False
     dropped: bool = False
     probe: bool = False
+    latency_ms: float | None = None
+    float_ms: float | None = None
 
     @property
     def judged(self) -> bool:

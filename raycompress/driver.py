@@ -117,7 +117,8 @@ def run_ray_trial(
     shared: Shared,
 ) -> None:
     """What a Tune trial runs."""
-    run_trial(payload, lambda ledger: make_pool(ledger=ledger), report, shared)
+    target = shared.config.latency.resources
+    run_trial(payload, lambda ledger: make_pool(ledger=ledger, target=target), report, shared)
 
 
 def validate(job: JobConfig | Mapping[str, Any] | str | Path, *, tracking: bool = True) -> Plan:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -18,8 +19,11 @@ from typing import Any, Self
 
 from raycompress.candidate import Candidate, Ranking, Shard, Trial, digest_of
 from raycompress.dfe import Prices
+from raycompress.errors import RaycompressError
 from raycompress.identity import structure_digest
 from raycompress.ledger import Ledger
+from raycompress.on_runtime import FLOAT
+from raycompress.search import Timings
 from raycompress.storage import Place
 from raycompress.structure import Structure
 from raycompress.structure.latency.measure import LatencyRow
@@ -29,6 +33,11 @@ from raycompress.units import Evaluation, HostInfo, Unit, UnitResult
 from raycompress.weights import Weights, WeightStore
 
 __all__ = ["LedgerExecutor"]
+
+TIMED_PASSES = 40
+"""Of each model of a search's `Timings`."""
+TIMED_SECONDS = 60.0
+"""That passes of one of its steps take at most."""
 
 
 class LedgerExecutor(ABC):
@@ -86,6 +95,11 @@ class LedgerExecutor(ABC):
         return 1 if self.info.whole else self.evaluation.num_shards
 
     @property
+    def timing_place(self) -> Mapping[str, float]:
+        """Ray resources of where latency is measured, beyond those of the hosts."""
+        return {}
+
+    @property
     @abstractmethod
     def info(self) -> HostInfo:
         """What the hosts are; the same for all of them."""
@@ -109,8 +123,18 @@ class LedgerExecutor(ABC):
         batch_sizes: Sequence[int],
         repeats: int,
         max_seconds: float | None = None,
+        runtime: str = "",
     ) -> list[LatencyRow]:
-        """Measures candidates against each other on one host with nothing else running."""
+        """Measures candidates against each other on one host with nothing else running.
+
+        Args:
+            candidates: By name.
+            batch_sizes: Examples in a forward pass.
+            repeats: Timed passes of each.
+            max_seconds: As of `structure.measure`.
+            runtime: Backend that quantized ones are lowered to first; there are rows of their float
+                models then too, named "float of ...". "": they run as they are.
+        """
 
     @abstractmethod
     def latency_table(
@@ -171,6 +195,63 @@ class LedgerExecutor(ABC):
         finally:
             if self.ledger is not None:
                 self.ledger.commit()
+
+    def timed(self, asked: Timings) -> list[Trial]:
+        """Times candidates on a runtime, together; the ledger answers what was timed before."""
+        timing = {"runtime": asked.runtime, "batch_size": asked.batch_size}
+        whole = [candidate.key() for candidate in asked.candidates]
+        together = {**timing, "candidates": whole, "place": self.timing_place}
+        keys = [self._key("timing", {**together, "index": i}) for i in range(len(whole))]
+        found = [self._find(key) for key in keys]
+        records: Sequence[Mapping[str, Any]] = [record for record in found if record is not None]
+        replayed = len(records) == len(keys)
+        if not replayed:
+            records = self._time(asked, timing)
+            if records[0]["failure"] is None:  # else another run of the job tries again
+                self._store(dict(zip(keys, records, strict=True)))
+                if self.ledger is not None:
+                    self.ledger.commit()
+        return [
+            Trial(
+                candidate,
+                failure=record["failure"],
+                seconds=record["seconds"],
+                replayed=replayed,
+                latency_ms=record["latency_ms"],
+                float_ms=record["float_ms"],
+            )
+            for candidate, record in zip(asked.candidates, records, strict=True)
+        ]
+
+    def _time(self, asked: Timings, timing: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Records of what was timed just now."""
+        named = {str(index): candidate for index, candidate in enumerate(asked.candidates)}
+        start, failure, fast = time.perf_counter(), None, {}
+        try:
+            sizes = (asked.batch_size,)
+            rows = self.latency(named, sizes, TIMED_PASSES, TIMED_SECONDS, asked.runtime)
+            # What else the machine does only adds to a pass: its low percentiles say more.
+            fast = {row.name: round(row.p10_ms, 6) for row in rows}
+        except RaycompressError as error:
+            failure = f"{type(error).__name__}: {error}"
+        seconds = round((time.perf_counter() - start) / len(named), 6)
+        return [
+            {
+                "kind": "timing",
+                "candidate": candidate.key(),
+                **timing,
+                "latency_ms": fast.get(name),
+                "float_ms": fast.get(FLOAT + name),
+                "split": None,
+                "shards": [],
+                "failure": failure,
+                "weights": None,
+                "seconds": seconds,
+                "dfe": 0.0,
+                "worker": "",
+            }
+            for name, candidate in named.items()
+        ]
 
     def _answer(self, candidates: Sequence[Candidate], split: Split) -> list[Trial]:
         trained = self._train([c for c in candidates if c.collect is None and c.training])
@@ -284,7 +365,7 @@ class LedgerExecutor(ABC):
         trials: dict[Candidate, Trial] = {}
         missing = []
         for candidate, key in keys.items():
-            record = self._memory.get(key) if self.ledger is None else self.ledger.get(key)
+            record = self._find(key)
             if record is None or (record.get("again") and key not in self._in_vain):
                 missing.append(candidate)
             else:
@@ -340,8 +421,14 @@ class LedgerExecutor(ABC):
         self._dfe += Fraction(dfe)
         if stored and failure is not None:
             return trial  # not recorded: the next run tries again
-        if self.ledger is None:
-            self._memory[key] = record
-        else:
-            self.ledger.append({key: record})
+        self._store({key: record})
         return trial
+
+    def _find(self, key: str) -> Mapping[str, Any] | None:
+        return self._memory.get(key) if self.ledger is None else self.ledger.get(key)
+
+    def _store(self, records: Mapping[str, Mapping[str, Any]]) -> None:
+        if self.ledger is None:
+            self._memory |= records
+        else:
+            self.ledger.append(records)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import copy
 import math
+import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -24,6 +26,7 @@ from raycompress.errors import StorageError, TaskError
 from raycompress.identity import data_digest, numeric_class, task_digest
 from raycompress.masks import masked_copy
 from raycompress.method import TrainingRun, train_within
+from raycompress.on_runtime import on_runtime
 from raycompress.quantization.quantizer import Quantization
 from raycompress.storage import Place, place_of, staged, writing
 from raycompress.structure import Structure
@@ -111,17 +114,25 @@ class ModelHost(Builder):
         batch_sizes: Sequence[int],
         repeats: int,
         max_seconds: float | None = None,
+        runtime: str = "",
     ) -> list[LatencyRow]:
-        """Measures candidates against each other on this host's device, interleaved."""
-        models = {name: self.build(each) for name, each in candidates.items()}
-        with self.evaluation.own_threads():
+        """Measures candidates against each other on this host's device, interleaved.
+
+        On a runtime: on the host's CPU, with the float models that they were made of, named
+        "float of ...".
+        """
+        with self.evaluation.own_threads(), tempfile.TemporaryDirectory() as folder:
+            if runtime:
+                models = on_runtime(self, candidates, runtime, Path(folder))
+            else:
+                models = {name: self.build(each) for name, each in candidates.items()}
             return measure(
                 models,
                 self.task.example_inputs(),
                 batch_sizes=batch_sizes,
                 repeats=repeats,
                 max_seconds=max_seconds,
-                device=self.device,
+                device="cpu" if runtime else self.device,
             )
 
     def latency_table(
@@ -189,12 +200,10 @@ class ModelHost(Builder):
         Raises:
             ConfigError: Its quantizer needs training and gets none, or has none and gets it.
         """
-        record = self.weights(candidate.weights).quantization
-        if record is not None:
-            return Quantization.from_key(record)
-        if candidate.quantize is not None:
-            candidate.quantize.check_training(epochs, self._steps_per_epoch())
-        return candidate.quantize
+        how = self.quantization(candidate)
+        if how is not None and self.weights(candidate.weights).quantization is None:
+            how.check_training(epochs, self._steps_per_epoch())
+        return how
 
     def _steps_per_epoch(self) -> int:
         return -(-len(self._splits.dataset("train")) // self.task.batch_size)

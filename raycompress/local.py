@@ -74,9 +74,10 @@ class LocalExecutor(LedgerExecutor):
         batch_sizes: Sequence[int],
         repeats: int,
         max_seconds: float | None = None,
+        runtime: str = "",
     ) -> list[LatencyRow]:
         """Measures candidates against each other, interleaved."""
-        return self.host.latency(candidates, batch_sizes, repeats, max_seconds)
+        return self.host.latency(candidates, batch_sizes, repeats, max_seconds, runtime)
 
     def latency_table(
         self, batch_size: int = 1, folder: str | Place | None = None, max_seconds: float = 300.0

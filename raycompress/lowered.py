@@ -1,11 +1,10 @@
-"""A job's quantized models on the runtime that they are for: lowered, compared, scored, timed."""
+"""A job's quantized models on the runtime that they are for: lowered, compared, scored."""
 
 from __future__ import annotations
 
 import copy
 import math
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,15 +15,12 @@ from torch.utils._pytree import tree_leaves
 
 from raycompress.data import Splits
 from raycompress.errors import ConfigError, RaycompressError, VerificationError
-from raycompress.measured import latency_of
 from raycompress.plan import Plan
 from raycompress.quantization.lowering import Lowered, lowering
 from raycompress.quantization.quantizer import Quantization
-from raycompress.results import Latency
-from raycompress.structure.latency.measure import measure
 from raycompress.task import Split, Task
 
-__all__ = ["TOLERANCE", "Seen", "cpu_splits", "look", "lower_model", "time_lowered", "try_lowering"]
+__all__ = ["TOLERANCE", "Seen", "cpu_splits", "look", "lower_model", "try_lowering"]
 
 TOLERANCE = 0.1
 """How far a lowered model may be from the fake-quantized one: the root of the mean squared
@@ -143,40 +139,6 @@ def look(plan: Plan, simulated: nn.Module, lowered: Lowered, name: str) -> Seen:
         scores = {split: _score(task, lowered.model, splits, split) for split in _JUDGED}
     agreement = equal / num if num else None
     return Seen(scores["validation"], scores["test"], agreement, difference)
-
-
-def time_lowered(
-    plan: Plan, lowered: Mapping[str, Lowered]
-) -> tuple[dict[str, tuple[Latency, ...]], dict[str, tuple[Latency, ...]]]:
-    """Times all lowered models and what they were made of in turns, on this machine's CPU.
-
-    Models that run in simulation have no time to speak of.
-
-    Returns:
-        Of the lowered models, and of their float models on the same runtime, by name.
-    """
-    real = {name: each for name, each in lowered.items() if each.runs == "integers"}
-    models: dict[str, nn.Module] = {}
-    for name, each in real.items():
-        models |= {f"q:{name}": each.model, f"f:{name}": each.reference}
-    if not models:
-        return {}, {}
-    settings = plan.config.latency
-    with plan.config.evaluation.own_threads():
-        rows = measure(
-            models,
-            plan.task.example_inputs(),
-            batch_sizes=settings.batch_sizes,
-            repeats=settings.repeats,
-            max_seconds=settings.max_seconds,
-            device="cpu",
-        )
-
-    def of(name: str) -> tuple[Latency, ...]:
-        # Memory that a runtime takes by itself isn't seen.
-        return tuple(replace(each, peak_bytes=0) for each in latency_of(rows, name))
-
-    return {name: of(f"q:{name}") for name in real}, {name: of(f"f:{name}") for name in real}
 
 
 _JUDGED: tuple[Split, ...] = ("validation", "test")

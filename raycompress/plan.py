@@ -151,6 +151,10 @@ class _Nobody:
         """Never called: checks stop before the first evaluation."""
         raise AssertionError("a check evaluates nothing")
 
+    def timed(self, asked: object) -> list[Trial]:
+        """Never called either."""
+        raise AssertionError("a check times nothing")
+
 
 class _Free:
     """Stands for a latency table before it is measured: no limit on latency is out of reach."""

@@ -242,6 +242,7 @@ def write_candidates(plan: Plan, path: Path) -> None:
             "seconds": record["seconds"],
             "dfe": record["dfe"],
             "worker": record["worker"],
+            **{name: record.get(name) for name in ("runtime", "latency_ms", "float_ms")},
         }
         for record in scan_ledger(plan.output / "ledger")
     ]

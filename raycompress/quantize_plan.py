@@ -14,15 +14,12 @@ from raycompress.errors import ConfigError
 from raycompress.loading import build_quantizer
 from raycompress.pruning.pruner import Problem, Pruner
 from raycompress.quantization import Bits, Quantization, Quantizer, choices_of
-from raycompress.quantization.lowering import lowering
+from raycompress.quantization.lowering import INTEGERS, lowering
 from raycompress.quantization.quantize import float_layers
 from raycompress.quantize_section import QuantizeSection
 from raycompress.task import Task
 
-__all__ = ["INTEGERS", "QuantizePlan", "check_found_bits", "plan_quantize"]
-
-INTEGERS = ("onnx", "inductor")
-"""Backends that compute in integers: in 8 bits, and in no other number of them."""
+__all__ = ["QuantizePlan", "check_found_bits", "plan_quantize"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,10 +107,17 @@ def check_found_bits(plan: QuantizePlan | None, pruner: Pruner, problem: Problem
         )
     if plan.section.config_list:
         raise ConfigError(f"quantize.config_list must be left out: {name} finds the bits")
-    if plan.section.lower in INTEGERS:
+    backend = plan.section.lower
+    fewer = any(b not in (None, 8) for q in bits for _, e in q.choices for b in (e.weight, e.input))
+    if backend in INTEGERS and fewer:
         raise ConfigError(
-            f"quantize.lower: {plan.section.lower} computes in 8 bits, and {name} finds fewer; "
+            f"quantize.lower: {backend} computes in 8 bits, and {name} finds fewer; "
             "lower: packed stores any number of bits, and runs in simulation"
+        )
+    if pruner.timed_on not in ("", backend):
+        raise ConfigError(
+            f"quantize.lower must be {pruner.timed_on}, on which {name} times latency, "
+            f"got {backend}"
         )
     for found in bits:
         try:

@@ -1,6 +1,7 @@
 """From a job's final models to quantized ones that can be trusted: train, lower, compare, time.
 
-What is trained and scored goes through the ledger, on the replicas; what is lowered runs here.
+What is trained and scored goes through the ledger, on the replicas, and so is what is timed, where
+other latencies are measured. What is lowered to be kept is lowered and compared here.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from torch import Tensor, nn
 from raycompress.candidate import Candidate
 from raycompress.errors import EvaluationError
 from raycompress.executor import LedgerExecutor
-from raycompress.lowered import look, lower_model, time_lowered
+from raycompress.lowered import look, lower_model
 from raycompress.measured import Measured, final_model, latency_of
+from raycompress.on_runtime import FLOAT
 from raycompress.plan import Plan
 from raycompress.progress import Progress
 from raycompress.quantization import Quantization
-from raycompress.quantization.lowering import Lowered
 from raycompress.quantized_files import write_quantized_files
-from raycompress.results import ModelRow, QuantizedResult, TrialResult
+from raycompress.results import Latency, ModelRow, QuantizedResult, TrialResult
 from raycompress.storage import Place, staged
 from raycompress.structure import file_size
 from raycompress.weights import WeightStore
@@ -46,12 +47,10 @@ class Quantized:
     Attributes:
         rows: "quantized", and "lowered" if it was.
         result: How, and what a runtime makes of it.
-        lowered: What runs; None if it stays simulated.
     """
 
     rows: tuple[ModelRow, ...]
     result: QuantizedResult
-    lowered: Lowered | None
 
 
 def quantize_trials(
@@ -104,9 +103,9 @@ def quantize_trials(
                 progress.message(str(error))
                 trial = replace(trial, rows=(), failure=str(error))
         done.append(trial)
-    if any(each.lowered for each in made.values()):
+    if any(_on_kernels(each) for each in made.values()):
         progress.stage(f"Time models on {plan.quantize.section.lower}")
-        made = time_quantized(plan, made)
+        made = time_quantized(plan, made, pool)
     return [
         replace(trial, rows=(*trial.rows, *own.rows), quantized=own.result)
         if (own := made.get(trial.name)) is not None
@@ -197,7 +196,7 @@ def quantize_candidate(
         no_calibration=missing,
     )
     if lowered is None:
-        return Quantized((row,), found, None)
+        return Quantized((row,), found)
     seen = look(plan, model, lowered, name)
     found = replace(
         found,
@@ -218,18 +217,44 @@ def quantize_candidate(
         score_test=seen.test,
         file_bytes=lowered.file_bytes,
     )
-    return Quantized((row, on_runtime), found, lowered)
+    return Quantized((row, on_runtime), found)
 
 
-def time_quantized(plan: Plan, made: Mapping[str, Quantized]) -> dict[str, Quantized]:
-    """The same with latency, all that were lowered timed in turns."""
-    lowered = {name: each.lowered for name, each in made.items() if each.lowered is not None}
-    own, floats = time_lowered(plan, lowered)
+def time_quantized(
+    plan: Plan, made: Mapping[str, Quantized], pool: LedgerExecutor
+) -> dict[str, Quantized]:
+    """The same with latency on the job's backend, all timed in turns with their float models.
+
+    Args:
+        plan: Of a job that lowers.
+        made: By name.
+        pool: Times them, lowered there from the same weights.
+    """
+    assert plan.quantize is not None
+    settings = plan.config.latency
+    asked = {name: each for name, each in made.items() if _on_kernels(each)}
+    if not asked:
+        return dict(made)
+    rows = pool.latency(
+        {name: Candidate(each.result.weights) for name, each in asked.items()},
+        settings.batch_sizes,
+        settings.repeats,
+        settings.max_seconds,
+        plan.quantize.section.lower,
+    )
+
+    def of(name: str) -> tuple[Latency, ...]:
+        # Memory that a runtime takes by itself isn't seen.
+        return tuple(replace(each, peak_bytes=0) for each in latency_of(rows, name))
+
     timed = dict(made)
-    for name in own:
-        *rows, last = made[name].rows
-        result = replace(made[name].result, float_latency=floats[name])
-        timed[name] = replace(
-            made[name], rows=(*rows, replace(last, latency=own[name])), result=result
-        )
+    for name, each in asked.items():
+        *others, last = each.rows
+        result = replace(each.result, float_latency=of(FLOAT + name))
+        timed[name] = Quantized((*others, replace(last, latency=of(name))), result)
     return timed
+
+
+def _on_kernels(made: Quantized) -> bool:
+    """Whether it runs in integers; what runs in simulation has no time to speak of."""
+    return bool(made.result.backend) and made.result.runs == "integers"

@@ -20,7 +20,7 @@ from raycompress.candidate import Candidate, Ranking, Trial
 from raycompress.errors import EvaluationError
 from raycompress.task import Split
 
-__all__ = ["Asked", "Executor", "Probes", "Race", "Search", "answer", "run_search"]
+__all__ = ["Asked", "Executor", "Probes", "Race", "Search", "Timings", "answer", "run_search"]
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,25 @@ class Probes:
     candidates: tuple[Candidate, ...]
 
 
-Asked = Sequence[Candidate] | Probes | Race
+@dataclass(frozen=True)
+class Timings:
+    """Quantized candidates that a search yields to learn how fast they are on a runtime.
+
+    They are lowered and timed in turns on one host. None is judged: trials say `latency_ms`, and
+    the first one's `float_ms`.
+
+    Attributes:
+        candidates: In the order of the answer; few, since all are in memory at once.
+        runtime: A backend that computes in integers, such as "onnx".
+        batch_size: Examples in a forward pass.
+    """
+
+    candidates: tuple[Candidate, ...]
+    runtime: str
+    batch_size: int = 1
+
+
+Asked = Sequence[Candidate] | Probes | Race | Timings
 """What a search yields."""
 
 Search = Generator[Asked, list[Trial], Candidate]
@@ -150,6 +168,9 @@ class Executor(Protocol):
     def evaluate(self, candidates: Sequence[Candidate], split: Split = "validation") -> list[Trial]:
         """Judges candidates; answers in their order. A failed one is an answer, not an error."""
 
+    def timed(self, asked: Timings) -> list[Trial]:
+        """Times candidates on a runtime; answers likewise."""
+
 
 def answer(asked: Asked, executor: Executor) -> list[Trial]:
     """Answers one step of a search."""
@@ -157,6 +178,8 @@ def answer(asked: Asked, executor: Executor) -> list[Trial]:
         return asked.run(executor)
     if isinstance(asked, Probes):
         return [replace(trial, probe=True) for trial in executor.evaluate(asked.candidates)]
+    if isinstance(asked, Timings):
+        return [replace(trial, probe=True) for trial in executor.timed(asked)]
     return executor.evaluate(asked)
 
 

@@ -181,7 +181,7 @@ def test_a_job_without_pruners_quantizes_the_dense_model(backend, tmp_path):
     assert len(kinds) == 2 and kinds[1]["batches"] == 2
 
 
-@pytest.mark.parametrize("place", ["quantize_candidate", "lower_model", "look", "time_lowered"])
+@pytest.mark.parametrize("place", ["quantize_candidate", "lower_model", "look", "time_quantized"])
 def test_a_stopped_job_continues_between_any_two_stages(
     backend, whole, tmp_path, monkeypatch, place
 ):
@@ -196,7 +196,7 @@ def test_a_stopped_job_continues_between_any_two_stages(
     result = run({**JOB, "output": str(tmp_path / "stopped")})
     after = trainings(tmp_path / "stopped")
     assert (
-        before == {"quantize_candidate": 2, "lower_model": 3, "look": 3, "time_lowered": 4}[place]
+        before == {"quantize_candidate": 2, "lower_model": 3, "look": 3, "time_quantized": 4}[place]
     )
     assert len(after) == len(trainings(whole[0])) == 4  # nothing was trained twice
     for one, two in zip(result.trials, whole[1].trials, strict=True):

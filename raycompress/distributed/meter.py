@@ -59,3 +59,9 @@ class Meter:
             check_alike("meter", replace(own, numeric_class=info.numeric_class), info)
             (self.slot,) = slots
         return self.slot
+
+    def lend(self) -> None:
+        """Ends the replica, so that another trial can have the device."""
+        if self.slot is not None:
+            self.slot.kill()
+            self.slot = None

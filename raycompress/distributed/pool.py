@@ -67,7 +67,8 @@ class ReplicaPool(LedgerExecutor):
         progress: Called with (step, number of steps, loss) while a training unit runs.
         target: Ray resources of one more replica, which measures latency and does nothing else;
             it starts when it is asked to. CPU and GPU are as in `cluster` where they aren't given.
-            Empty: any of the others measures.
+            In a trial it goes when it has measured, since others may wait for the device. Empty:
+            any of the others measures.
         reserved: Its resources are set aside already, by a placement group.
 
     Raises:
@@ -92,7 +93,9 @@ class ReplicaPool(LedgerExecutor):
         self.cluster = cluster
         self.num_lost = 0
         self._shared = shared
+        self._target = dict(target or {})
         self._meter = Meter(cluster, target) if target else None
+        self._lends_meter = reserved
         self._published: list[Any] = list(shared.weights)
         self._num_started = 0
         self._polled = 0.0
@@ -126,6 +129,11 @@ class ReplicaPool(LedgerExecutor):
         return self._info
 
     @property
+    def timing_place(self) -> Mapping[str, float]:
+        """The target device's resources."""
+        return self._target
+
+    @property
     def replicas(self) -> list[Any]:
         """Handles of the replicas' actors, as they are now."""
         return [slot.actor for slot in self._working]
@@ -145,6 +153,7 @@ class ReplicaPool(LedgerExecutor):
         batch_sizes: Sequence[int],
         repeats: int,
         max_seconds: float | None = None,
+        runtime: str = "",
     ) -> list[LatencyRow]:
         """Measures candidates against each other on one replica; the others stand idle.
 
@@ -152,7 +161,7 @@ class ReplicaPool(LedgerExecutor):
             EvaluationError: The replica was lost, or took too long, or lacked memory, `MAX_LOSSES`
                 times; or the model raised.
         """
-        arguments = (dict(candidates), tuple(batch_sizes), repeats, max_seconds)
+        arguments = (dict(candidates), tuple(batch_sizes), repeats, max_seconds, runtime)
         rows: list[LatencyRow] = self._alone("latency", arguments, max_seconds)
         return rows
 
@@ -181,7 +190,10 @@ class ReplicaPool(LedgerExecutor):
         for _ in range(MAX_LOSSES):
             slot = self._measuring()
             try:
-                return ray.get(getattr(slot.actor, method).remote(*arguments), timeout=timeout)
+                answer = ray.get(getattr(slot.actor, method).remote(*arguments), timeout=timeout)
+                if self._lends_meter and self._meter is not None:
+                    self._meter.lend()
+                return answer
             except ray.exceptions.RayTaskError as error:
                 if isinstance(error.cause, RaycompressError):
                     raise error.cause from error

@@ -113,9 +113,10 @@ class Replica:
         batch_sizes: Sequence[int],
         repeats: int,
         max_seconds: float | None,
+        runtime: str,
     ) -> list[LatencyRow]:
-        """Measures candidates against each other on this replica's device."""
-        return self._hosted().latency(candidates, batch_sizes, repeats, max_seconds)
+        """Measures candidates against each other on this replica's device, or on a runtime."""
+        return self._hosted().latency(candidates, batch_sizes, repeats, max_seconds, runtime)
 
     def latency_table(
         self, batch_size: int, folder: str | Place | None, max_seconds: float

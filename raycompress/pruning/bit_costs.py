@@ -1,4 +1,4 @@
-"""What a model with so many bits in each layer takes: bytes and bit operations."""
+"""What a model with so many bits in each layer takes: bytes, bit operations, milliseconds."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ from dataclasses import dataclass
 from torch import nn
 
 from raycompress.errors import ConfigError
+from raycompress.pruning.integer_times import IntegerTimes
 from raycompress.quantization.quantizer import default_layers
 from raycompress.structure import Structure
 
-__all__ = ["BitCosts", "Choice", "LayerSize"]
+__all__ = ["FLOAT", "BitCosts", "Choice", "LayerSize"]
 
 Choice = tuple[int, int | None]
 """Bits of a layer's weight (32: float) and of its input; None: the input stays in float."""
+
+FLOAT = 32
+"""Bits of what isn't quantized."""
 
 CHANNEL = 9
 """Bytes beside the codes for each output channel, at most: a scale, a zero point, and the factor
@@ -50,6 +54,8 @@ class BitCosts:
         other_macs: Of these.
         float_size: Bytes of the dense model in float.
         float_bit_ops: Bit operations of the dense model in float.
+        times: On a runtime; None: nothing was timed.
+        float_ms: Of the dense model in float on that runtime.
     """
 
     layers: Mapping[str, LayerSize]
@@ -57,6 +63,8 @@ class BitCosts:
     other_macs: int
     float_size: int
     float_bit_ops: int
+    times: IntegerTimes | None = None
+    float_ms: float = 0.0
 
     @staticmethod
     def of(
@@ -98,7 +106,9 @@ class BitCosts:
         total = self.other_bytes
         for name, (bits, given) in choices.items():
             layer = self.layers[name]
-            total += -(-layer.weights * bits // 8) + (CHANNEL * layer.channels if bits < 32 else 0)
+            total += -(-layer.weights * bits // 8) + (
+                CHANNEL * layer.channels if bits < FLOAT else 0
+            )
             total += 0 if given is None else INPUT
         return total
 
@@ -110,9 +120,20 @@ class BitCosts:
         )
         return own + self.other_macs * 32 * 32
 
-    def value(self, key: str, choices: Mapping[str, Choice]) -> int:
-        """`size` or `bit_ops`."""
-        return self.size(choices) if key == "size" else self.bit_ops(choices)
+    def latency_ms(self, choices: Mapping[str, Choice]) -> float:
+        """Milliseconds of a forward pass, where layers of 32 bits run in float."""
+        assert self.times is not None
+        return self.times.latency_ms([n for n, (bits, _) in choices.items() if bits == FLOAT])
+
+    def value(self, key: str, choices: Mapping[str, Choice]) -> float:
+        """`size`, `bit_ops` or `latency_ms`."""
+        costs = {"size": self.size, "bit_ops": self.bit_ops, "latency_ms": self.latency_ms}
+        return costs[key](choices)
+
+    def dense(self, key: str) -> float:
+        """The same of the dense model in float."""
+        whole = {"size": self.float_size, "bit_ops": self.float_bit_ops}
+        return {**whole, "latency_ms": self.float_ms}[key]
 
     def within(self, choices: Mapping[str, Choice], limits: Mapping[str, float]) -> bool:
         """Whether choices meet all limits."""

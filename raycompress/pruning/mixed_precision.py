@@ -7,6 +7,9 @@ loss, as for `CurveSolver`. What the sum can't know, that losses of layers quant
 just add up, is left to a race among the solution, solutions of perturbed losses, and equal bits.
 
 Pruned models compete under the same limits, so that fewer channels stand against fewer bits.
+
+Where latency is limited, layers are in integers or in float on a runtime: what each saves is timed
+(`integer_times.py`), and so is the whole model with what was found, before it may win.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -24,31 +27,43 @@ from raycompress.budget import Budget, read_limit
 from raycompress.candidate import Candidate, Trial
 from raycompress.errors import BudgetError, ConfigError, EvaluationError
 from raycompress.importing import named, resolve
-from raycompress.pruning.bit_costs import BitCosts, Choice
+from raycompress.pruning.bit_allocation import LIMITS, Program, falling
+from raycompress.pruning.bit_costs import FLOAT, BitCosts, Choice
 from raycompress.pruning.pruner import Problem, Pruner
-from raycompress.pruning.solver import Floats, PairwiseCost, solve
+from raycompress.pruning.solver import Floats
+from raycompress.pruning.timed_mixtures import TimedMixtures
 from raycompress.quantization import QUANTIZERS
+from raycompress.quantization.lowering import INTEGERS
 from raycompress.quantization.quantizer import Bits, Quantization, Quantizer
 from raycompress.search import Asked, Probes, Race, Search
+from raycompress.wording import near
 
-__all__ = ["MixedPrecision", "allocate"]
+__all__ = ["MixedPrecision"]
+
+ATTEMPTS = 4
+"""How often a limit on latency is tightened, where nothing that was found is within it as timed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MixedPrecision(Pruner):
-    """Gives each layer its bits within limits on size and bit operations; may prune first.
+    """Gives each layer its bits within limits on size, latency and bit operations; may prune first.
 
     The probes don't depend on limits and seed: in a job they are made once for all of them. What
     it finds is calibrated, not trained; a job's `quantize` trains and stores it with these bits.
 
     Attributes:
         quantizer: Judges bits without training: a name such as "PTQ", or an import path.
-        weight_bits: What weights of a layer may have.
+        weight_bits: What weights of a layer may have; with 32 the whole layer may stay in float.
         input_bits: What inputs of a layer may have; empty: they stay in float.
         size: Limit on bytes of the packed model: a percentage of the float model such as "15%",
             or a number; null: none.
         bit_ops: Limit on multiply-adds of one example, each times the bits of its weight and of
             its input (32 in float): a percentage of the float model, or a number; null: none.
+        latency_ms: Limit on milliseconds of a forward pass on `runtime`, as timed: a percentage of
+            the float model on the same runtime, or a number; null: none. Runtimes have kernels of 8
+            bits and of float: weight_bits must be [8, 32], and input_bits [8].
+        runtime: Backend that latency is timed on, "onnx" or "inductor".
+        batch_size: Examples in such a pass.
         pruner: Prunes first: a name such as "CurveSolver" (with its default settings), or an
             import path; "": nothing is pruned. The job's budget is its budget.
         widths: Fractions of the parameters that it keeps, in place of a budget, each in (0, 1];
@@ -65,6 +80,9 @@ class MixedPrecision(Pruner):
     input_bits: tuple[int, ...] = (8,)
     size: str | float | None = None
     bit_ops: str | float | None = None
+    latency_ms: str | float | None = None
+    runtime: str = "onnx"
+    batch_size: int = 1
     pruner: str = ""
     widths: tuple[float, ...] = ()
     share: float = 0.25
@@ -80,22 +98,38 @@ class MixedPrecision(Pruner):
             raise ConfigError(f"{name}.quantizer: {self.quantizer} has to be trained; PTQ hasn't")
         for key, part in (("weight_bits", "weight"), ("input_bits", "input")):
             bits = getattr(self, key)
-            if not all(2 <= each <= 8 for each in bits) or len(set(bits)) < len(bits):
+            allowed = (*range(2, 9), 32) if part == "weight" else range(2, 9)
+            if not set(bits) <= set(allowed) or len(set(bits)) < len(bits):
+                more = ", or 32 for float" if part == "weight" else ""
                 raise ConfigError(
-                    f"{name}.{key} must be different numbers from 2 to 8, got {list(bits)}"
+                    f"{name}.{key} must be different numbers from 2 to 8{more}, got {list(bits)}"
                 )
             if bits and part not in quantizer.parts:
                 raise ConfigError(
                     f"{name}.{key} must be [], since {self.quantizer} quantizes no {part}, "
                     f"got {list(bits)}"
                 )
-        if not self.weight_bits:
-            raise ConfigError(f"{name}.weight_bits must not be empty")
-        if self.size is None and self.bit_ops is None:
-            raise ConfigError(f"{name} needs a limit: size or bit_ops, such as size: 15%")
-        for key in ("size", "bit_ops"):
+        if not set(self.weight_bits) - {FLOAT}:
+            raise ConfigError(f"{name}.weight_bits must not be empty, or float alone")
+        if all(getattr(self, key) is None for key in LIMITS):
+            raise ConfigError(
+                f"{name} needs a limit: size, bit_ops or latency_ms, such as size: 15%"
+            )
+        for key in LIMITS:
             if getattr(self, key) is not None:
                 read_limit(getattr(self, key), f"{name}.{key}")
+        if self.latency_ms is not None:
+            if set(self.weight_bits) != {8, FLOAT} or set(self.input_bits) != {8}:
+                raise ConfigError(
+                    f"{name}.latency_ms is that of kernels, which have 8 bits or float: "
+                    f"weight_bits must be [8, 32] and input_bits [8], "
+                    f"got {list(self.weight_bits)} and {list(self.input_bits)}"
+                )
+            if self.runtime not in INTEGERS:
+                raise ConfigError(
+                    f"{name}.runtime must be one of {', '.join(INTEGERS)}, got {self.runtime!r}"
+                    f"{near(self.runtime, INTEGERS)}"
+                )
         if self.pruner:
             self._inner()
         elif self.widths:
@@ -106,53 +140,113 @@ class MixedPrecision(Pruner):
             raise ConfigError(f"{name}.share must be in (0, 1], got {self.share:g}")
         if self.objective not in ("loss", "score"):
             raise ConfigError(f"{name}.objective must be 'loss' or 'score', got {self.objective!r}")
-        for key, least in (("batches", 1), ("neighbours", 0)):
+        for key, least in (("batches", 1), ("neighbours", 0), ("batch_size", 1)):
             if getattr(self, key) < least:
                 raise ConfigError(f"{name}.{key} must be at least {least}")
         if not 0 < self.perturbation <= 2:
             raise ConfigError(f"{name}.perturbation must be in (0, 2], got {self.perturbation:g}")
 
+    @property
+    def timed_on(self) -> str:
+        """Where latency is limited, the runtime that it is timed on."""
+        return "" if self.latency_ms is None else self.runtime
+
     def search(self, problem: Problem) -> Search:
-        """Yields what the pruner asks for, then all probes at once, then the race."""
+        """Yields what the pruner asks for, then timings and all probes, then timings and a race."""
         self._check(problem)
-        costs = BitCosts.of(problem.model, problem.structure)
+        dense = BitCosts.of(problem.model, problem.structure)
         if not self.pruner:
-            self._limits(costs)  # refuses what can't be met before anything is asked
+            self._program().allowed(dense)  # refuses what can't be met before anything is asked
         bases = yield from self._bases(problem)
+        timed = self._timed(problem, dense)
+        if self.latency_ms is None:
+            costs = [BitCosts.of(problem.model, problem.structure, own) for _, own in bases]
+        else:
+            costs = yield from timed.priced(bases)
+        priced = [(base, own) for (base, _), own in zip(bases, costs, strict=True)]
         losses = yield from self._probes(problem)
-        rng = random.Random(f"perturb:{problem.seed}")
-        proposals: list[Candidate] = []
-        reason: BudgetError | None = None
-        for base, counts in bases:
-            costs = BitCosts.of(problem.model, problem.structure, counts)
-            try:
-                found = self._allocations(costs, losses, rng)
-            except BudgetError as error:
-                reason = error  # others are narrower
-                continue
-            if not proposals:
-                problem.report({"size": costs.size(found[0]), "bit_ops": costs.bit_ops(found[0])})
-            proposals += [replace(base, quantize=self._quantization(each)) for each in found]
-        if not proposals:
-            assert reason is not None
-            raise reason
+        if self.latency_ms is None:
+            proposals = self._proposals(problem, priced, losses, 1.0)
+        else:
+            proposals = yield from self._within(problem, priced, losses, timed, self.latency_ms)
         trials = yield Race(tuple(proposals), objective=self.objective)
         alive = [trial for trial in trials if trial.judged]
         if not alive:
             raise EvaluationError(f"every allocation of bits failed: {trials[0].failure}")
         return min(alive, key=self._energy).candidate
 
+    def _within(
+        self,
+        problem: Problem,
+        priced: Sequence[tuple[Candidate, BitCosts]],
+        losses: Mapping[str, Floats],
+        timed: TimedMixtures,
+        limit: str | float,
+    ) -> Generator[Asked, list[Trial], list[Candidate]]:
+        """Proposals that are within the limit on latency as timed, not by sums alone.
+
+        Raises:
+            BudgetError: None is, also where sums leave room for their error.
+        """
+        tightened, nearest = 1.0, math.inf
+        for attempt in range(ATTEMPTS):
+            try:
+                proposals = self._proposals(problem, priced, losses, tightened)
+            except BudgetError:
+                if not attempt:
+                    raise
+                break
+            ratios = yield from timed.ratios(proposals, read_limit(limit, "latency_ms"))
+            nearest = min(nearest, *ratios)
+            if nearest <= 1:
+                return [each for each, r in zip(proposals, ratios, strict=True) if r <= 1]
+            tightened *= 0.99 / min(ratios)
+        raise BudgetError(
+            f"latency_ms {limit} can't be reached: the fastest allocation that was timed on "
+            f"{self.runtime} takes {nearest:.3g} times as long"
+        )
+
+    def _proposals(
+        self,
+        problem: Problem,
+        priced: Sequence[tuple[Candidate, BitCosts]],
+        losses: Mapping[str, Floats],
+        tightened: float,
+    ) -> list[Candidate]:
+        """What is within the limits by what it costs, of all bases."""
+        rng, program = random.Random(f"perturb:{problem.seed}"), self._program()
+        proposals: list[Candidate] = []
+        reason: BudgetError | None = None
+        for base, costs in priced:
+            try:
+                found = program.found(costs, losses, rng, tightened)
+            except BudgetError as error:
+                reason = error  # others are narrower
+                continue
+            if not proposals:
+                problem.report({key: costs.value(key, found[0]) for key in program.allowed(costs)})
+            proposals += [replace(base, quantize=self._quantization(each)) for each in found]
+        if not proposals:
+            assert reason is not None
+            raise reason
+        return proposals
+
     def may_find(self, problem: Problem) -> Sequence[Quantization]:
         """Every choice of bits, given to all layers."""
         layers = BitCosts.of(problem.model, problem.structure).layers
-        return [self._quantization(dict.fromkeys(layers, each)) for each in self._choices()]
+        return [self._quantization(dict.fromkeys(layers, each)) for each in self._rounded()]
 
     def shared(self, problem: Problem) -> Generator[Asked, list[Trial], None]:
-        """The pruner's own, and all probes."""
+        """The pruner's own, timings of the dense model, and all probes."""
         self._check(problem)
         if self.pruner:
             yield from self._inner().shared(problem)
+        if self.latency_ms is not None:
+            yield from self._timed(problem, BitCosts.of(problem.model, problem.structure)).layers()
         yield from self._probes(problem)
+
+    def _timed(self, problem: Problem, dense: BitCosts) -> TimedMixtures:
+        return TimedMixtures(problem, dense, self._quantization, self.runtime, self.batch_size)
 
     def _bases(
         self, problem: Problem
@@ -182,7 +276,7 @@ class MixedPrecision(Pruner):
 
         At least 0, and no smaller with fewer bits.
         """
-        names, choices = list(BitCosts.of(problem.model, problem.structure).layers), self._choices()
+        names, choices = list(BitCosts.of(problem.model, problem.structure).layers), self._rounded()
         shards = problem.first_shards(self.share)
         asked = [
             Candidate(problem.weights, shards=shards, quantize=self._quantization({name: choice}))
@@ -200,53 +294,29 @@ class MixedPrecision(Pruner):
         for index, name in enumerate(names):
             own = trials[index * len(choices) : (index + 1) * len(choices)]
             values = np.array([max(self._energy(trial) - base, 0.0) for trial in own])
-            losses[name] = _falling(values.reshape(len(self.weight_bits), -1)).ravel()
+            bits = len({weight for weight, _ in choices})
+            losses[name] = falling(values.reshape(bits, -1)).ravel()
+            if FLOAT in self.weight_bits:
+                losses[name] = np.append(losses[name], 0.0)
         return losses
 
-    def _allocations(
-        self, costs: BitCosts, losses: Mapping[str, Floats], rng: random.Random
-    ) -> list[dict[str, Choice]]:
-        """The solution, equal bits, and neighbours; all different and within the limits."""
-        choices, limits = self._choices(), self._limits(costs)
-        found = [allocate(costs, choices, losses, limits)]
-        equal = (dict.fromkeys(costs.layers, choice) for choice in reversed(choices))
-        found += itertools.islice((each for each in equal if costs.within(each, limits)), 1)
-        for _ in range(self.neighbours):
-            factors = {name: math.exp(rng.gauss(0, self.perturbation)) for name in losses}
-            noisy = {name: factors[name] * values for name, values in losses.items()}
-            found.append(allocate(costs, choices, noisy, limits))
-        return [each for i, each in enumerate(found) if each not in found[:i]]
+    def _program(self) -> Program:
+        floats: list[Choice] = [(FLOAT, None)] if FLOAT in self.weight_bits else []
+        asked = {key: getattr(self, key) for key in LIMITS}
+        limits = {key: value for key, value in asked.items() if value is not None}
+        return Program((*self._rounded(), *floats), limits, self.neighbours, self.perturbation)
 
-    def _limits(self, costs: BitCosts) -> dict[str, float]:
-        """Bytes and bit operations allowed, of those that are limited.
-
-        Raises:
-            BudgetError: The fewest bits exceed one of them.
-        """
-        fewest = dict.fromkeys(costs.layers, self._choices()[0])
-        limits = {}
-        for key, used, whole in (
-            ("size", costs.size(fewest), costs.float_size),
-            ("bit_ops", costs.bit_ops(fewest), costs.float_bit_ops),
-        ):
-            asked = getattr(self, key)
-            if asked is None:
-                continue
-            limits[key] = read_limit(asked, f"MixedPrecision.{key}").absolute(whole)
-            if used > limits[key]:
-                raise BudgetError(
-                    f"{key} {asked} can't be reached: with the fewest bits in every layer it is "
-                    f"{used:.6g}, {100 * used / whole:.3g}%"
-                )
-        return limits
-
-    def _choices(self) -> list[Choice]:
+    def _rounded(self) -> list[Choice]:
         """Pairs of bits of weights and inputs, by rising bits of weights, then of inputs."""
         inputs: Sequence[int | None] = sorted(self.input_bits) or [None]
-        return list(itertools.product(sorted(self.weight_bits), inputs))
+        return list(itertools.product(sorted(set(self.weight_bits) - {FLOAT}), inputs))
 
     def _quantization(self, choices: Mapping[str, Choice]) -> Quantization:
-        bits = {name: Bits(weight=weight, input=given) for name, (weight, given) in choices.items()}
+        bits = {
+            name: Bits(weight=weight, input=given)
+            for name, (weight, given) in choices.items()
+            if weight != FLOAT
+        }
         return Quantization.of(self._quantizer(), bits, self.batches)
 
     def _quantizer(self) -> Quantizer:
@@ -269,61 +339,8 @@ class MixedPrecision(Pruner):
             what = f"budget {problem.budget}" if problem.budget is not None else "targets"
             raise ConfigError(
                 f"MixedPrecision without a pruner keeps all channels, and can't honour {what}; "
-                "its limits are size and bit_ops"
+                "its limits are size, bit_ops and latency_ms"
             )
 
     def _energy(self, trial: Trial) -> float:
         return trial.loss if self.objective == "loss" else -trial.score
-
-
-def allocate(
-    costs: BitCosts,
-    choices: Sequence[Choice],
-    losses: Mapping[str, Floats],
-    limits: Mapping[str, float],
-) -> dict[str, Choice]:
-    """The choices with the smallest sum of losses; what is left of the limits is given out.
-
-    Args:
-        costs: Of the layers.
-        choices: By rising bits.
-        losses: For each layer the loss at each choice, no smaller with fewer bits.
-        limits: By "size" and "bit_ops".
-
-    Raises:
-        BudgetError: No choices are within the limits.
-    """
-    most = dict.fromkeys(losses, choices[-1])
-    rows = []
-    for key, limit in limits.items():
-        whole = costs.value(key, most)
-        single = {
-            name: np.array([costs.value(key, {**most, name: each}) - whole for each in choices])
-            for name in losses
-        }
-        rows.append((PairwiseCost(whole, single, {}), limit))
-    levels = solve(losses, rows)
-    # Where two choices lose nothing by the probes, more bits are the safer one.
-    for name, level in _richer(levels, losses):
-        raised = {**levels, name: max(level, levels[name])}
-        if costs.within({n: choices[i] for n, i in raised.items()}, limits):
-            levels = raised
-    return {name: choices[level] for name, level in levels.items()}
-
-
-def _richer(levels: Mapping[str, int], losses: Mapping[str, Floats]) -> Iterator[tuple[str, int]]:
-    """Levels above the solution's that lose no more, most to gain first; ties by name."""
-    gains = [
-        (float(values[level] - values[levels[name]]), -level, name)
-        for name, values in losses.items()
-        for level in range(levels[name] + 1, len(values))
-        if values[level] <= values[levels[name]]
-    ]
-    return ((name, -negative) for _, negative, name in sorted(gains))
-
-
-def _falling(values: Floats) -> Floats:
-    """The smallest values above the given ones that don't rise with bits, along either axis."""
-    flipped = np.flip(values)
-    raised = np.maximum.accumulate(np.maximum.accumulate(flipped, axis=0), axis=1)
-    return np.flip(raised)

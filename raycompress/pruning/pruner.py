@@ -205,6 +205,14 @@ class Pruner(ABC):
         del problem
         return ()
 
+    @property
+    def timed_on(self) -> str:
+        """The runtime on which its winner is within a limit on latency; "": it has no such limit.
+
+        A job's `quantize` lowers to the same one.
+        """
+        return ""
+
     def check(self, problem: Problem) -> None:
         """Raises an InputError if this problem can't be solved; called before anything starts.
 

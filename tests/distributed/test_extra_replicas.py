@@ -17,7 +17,9 @@ from raycompress.distributed import extras
 from raycompress.distributed.pool import ReplicaPool
 from raycompress.errors import ClusterError
 from raycompress.ledger import Ledger, read_ledger
-from raycompress.search import Search, run_search
+from raycompress.quantization import PTQ, Quantization
+from raycompress.quantization.quantizer import Bits
+from raycompress.search import Search, Timings, run_search
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -127,6 +129,14 @@ def test_latency_is_measured_at_the_target_device(toy: Toy, growing: Cluster) ->
         rows = pool.latency({"dense": Candidate(toy.digest), "slim": toy.candidate(3)}, (1,), 3)
         assert len(rows) == 2 and pool.num_lost == 1
         assert pool._meter.slot.node == phone.node_id
+    bits = dict.fromkeys(("conv1", "conv2"), Bits(weight=8, input=8))
+    asked = Candidate(toy.digest, quantize=Quantization.of(PTQ(), bits))
+    with ReplicaPool(toy.spec(), two_cores, target={"phone": 1, "CPU": 1}, reserved=True) as trial:
+        (timed,) = trial.timed(Timings((asked,), "onnx"))
+        assert timed.failure is None and 0 < timed.latency_ms and 0 < timed.float_ms
+        # Another trial may be waiting for the device.
+        assert trial._meter is not None and trial._meter.slot is None and trial.num_lost == 0
+        assert trial.timed(Timings((asked,), "onnx"))[0].replayed
     with pytest.raises(
         ClusterError, match=r"measures latency doesn't fit \(latency.resources\): no"
     ):

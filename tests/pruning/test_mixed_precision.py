@@ -23,8 +23,8 @@ from raycompress.loading import parse_job
 from raycompress.local import LocalExecutor
 from raycompress.plan import prepare
 from raycompress.pruning import CurveSolver, MixedPrecision
+from raycompress.pruning.bit_allocation import allocate
 from raycompress.pruning.bit_costs import BitCosts, LayerSize
-from raycompress.pruning.mixed_precision import allocate
 from raycompress.quantization import PTQ, QAT, NaiveQuantizer, Quantization
 from raycompress.quantization.lowering.packed import save_packed
 from raycompress.quantization.quantizer import Bits
@@ -274,7 +274,7 @@ def test_layers_that_share_a_weight_stay_in_float(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({}, "needs a limit: size or bit_ops, such as size: 15%"),
+        ({}, "needs a limit: size, bit_ops or latency_ms, such as size: 15%"),
         ({"size": "0%"}, "MixedPrecision.size must be a percentage"),
         ({"size": "5%", "weight_bits": (8, 1)}, "weight_bits must be different numbers from 2"),
         ({"size": "5%", "weight_bits": ()}, "weight_bits must not be empty"),

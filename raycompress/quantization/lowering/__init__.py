@@ -9,7 +9,7 @@ from raycompress.errors import ConfigError
 from raycompress.quantization.lowering.lowered import Lower, Lowered
 from raycompress.wording import near
 
-__all__ = ["BACKENDS", "Lower", "Lowered", "lowering"]
+__all__ = ["BACKENDS", "INTEGERS", "Lower", "Lowered", "lowering"]
 
 BACKENDS: dict[str, str] = {
     "onnx": "raycompress.quantization.lowering.onnx",
@@ -20,6 +20,9 @@ BACKENDS: dict[str, str] = {
 
 Modules, since each imports a runtime that is only there if it was asked for.
 """
+
+INTEGERS = ("onnx", "inductor")
+"""Those that compute in integers: in 8 bits, and in no other number of them."""
 
 
 def lowering(backend: str, key: str = "lower") -> Lower:
