@@ -132,8 +132,9 @@ class LedgerExecutor(ABC):
             batch_sizes: Examples in a forward pass.
             repeats: Timed passes of each.
             max_seconds: As of `structure.measure`.
-            runtime: Backend that quantized ones are lowered to first; there are rows of their float
-                models then too, named "float of ...". "": they run as they are.
+            runtime: Backend that quantized ones are lowered to first; a name that begins with
+                `FLOAT` then means the float model that a candidate was made of. "": they run as
+                they are.
         """
 
     @abstractmethod
@@ -200,7 +201,8 @@ class LedgerExecutor(ABC):
         """Times candidates on a runtime, together; the ledger answers what was timed before."""
         timing = {"runtime": asked.runtime, "batch_size": asked.batch_size}
         whole = [candidate.key() for candidate in asked.candidates]
-        together = {**timing, "candidates": whole, "place": self.timing_place}
+        together = {**timing, "candidates": whole, "floats": list(asked.floats)}
+        together["place"] = self.timing_place
         keys = [self._key("timing", {**together, "index": i}) for i in range(len(whole))]
         found = [self._find(key) for key in keys]
         records: Sequence[Mapping[str, Any]] = [record for record in found if record is not None]
@@ -229,7 +231,9 @@ class LedgerExecutor(ABC):
         start, failure, fast = time.perf_counter(), None, {}
         try:
             sizes = (asked.batch_size,)
-            rows = self.latency(named, sizes, TIMED_PASSES, TIMED_SECONDS, asked.runtime)
+            floats = {FLOAT + name: c for name, c in named.items() if int(name) in asked.floats}
+            models = named | floats
+            rows = self.latency(models, sizes, TIMED_PASSES, TIMED_SECONDS, asked.runtime)
             # What else the machine does only adds to a pass: its low percentiles say more.
             fast = {row.name: round(row.p10_ms, 6) for row in rows}
         except RaycompressError as error:

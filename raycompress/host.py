@@ -118,8 +118,7 @@ class ModelHost(Builder):
     ) -> list[LatencyRow]:
         """Measures candidates against each other on this host's device, interleaved.
 
-        On a runtime: on the host's CPU, with the float models that they were made of, named
-        "float of ...".
+        On a runtime: on the host's CPU; see `on_runtime`.
         """
         with self.evaluation.own_threads(), tempfile.TemporaryDirectory() as folder:
             if runtime:

@@ -21,27 +21,37 @@ FLOAT = "float of "
 def on_runtime(
     builder: Builder, candidates: Mapping[str, Candidate], runtime: str, folder: Path
 ) -> dict[str, nn.Module]:
-    """Quantized candidates and the float models that they were made of, by name, on the CPU.
+    """Quantized candidates, and float models that they were made of, on the CPU.
 
     Args:
         builder: Builds them, on whatever device.
-        candidates: Each with `quantize`, or of weights that are quantized.
+        candidates: By name, each with `quantize` or of weights that are quantized. Where the name
+            begins with `FLOAT`, the float model is meant.
         runtime: A backend that computes in integers.
         folder: Of the files; empty.
 
     Raises:
         RaycompressError: The backend isn't here, or can't take a candidate.
     """
+    names: dict[Candidate, list[str]] = {}
+    for name, candidate in candidates.items():
+        names.setdefault(candidate, []).append(name)
     models: dict[str, nn.Module] = {}
-    for index, (name, candidate) in enumerate(candidates.items()):
+    for index, (candidate, own) in enumerate(names.items()):
         place = folder / str(index)
         place.mkdir()
-        lowered = _lowered(builder, candidate, runtime, place)
-        models |= {name: lowered.model, FLOAT + name: lowered.reference}
-    return models
+        with_float = any(name.startswith(FLOAT) for name in own)
+        lowered = _lowered(builder, candidate, runtime, place, with_float)
+        for name in own:
+            model = lowered.reference if name.startswith(FLOAT) else lowered.model
+            assert model is not None
+            models[name] = model
+    return {name: models[name] for name in candidates}
 
 
-def _lowered(builder: Builder, candidate: Candidate, runtime: str, folder: Path) -> Lowered:
+def _lowered(
+    builder: Builder, candidate: Candidate, runtime: str, folder: Path, with_float: bool
+) -> Lowered:
     how = builder.quantization(candidate)
     if how is None:
         raise EvaluationError(f"on {runtime}: a candidate isn't quantized")
@@ -54,7 +64,7 @@ def _lowered(builder: Builder, candidate: Candidate, runtime: str, folder: Path)
     lower = lowering(runtime, "runtime")
     lowered = lower(
         builder.build(candidate).cpu(),
-        builder.float_twin(candidate).cpu(),
+        builder.float_twin(candidate).cpu() if with_float else None,
         task.example_inputs(),
         folder,
         feed,

@@ -235,8 +235,9 @@ def time_quantized(
     asked = {name: each for name, each in made.items() if _on_kernels(each)}
     if not asked:
         return dict(made)
+    candidates = {name: Candidate(each.result.weights) for name, each in asked.items()}
     rows = pool.latency(
-        {name: Candidate(each.result.weights) for name, each in asked.items()},
+        candidates | {FLOAT + name: candidate for name, candidate in candidates.items()},
         settings.batch_sizes,
         settings.repeats,
         settings.max_seconds,

@@ -135,17 +135,19 @@ class Timings:
     """Quantized candidates that a search yields to learn how fast they are on a runtime.
 
     They are lowered and timed in turns on one host. None is judged: trials say `latency_ms`, and
-    the first one's `float_ms`.
+    `float_ms` where that is asked for.
 
     Attributes:
         candidates: In the order of the answer; few, since all are in memory at once.
         runtime: A backend that computes in integers, such as "onnx".
         batch_size: Examples in a forward pass.
+        floats: Indices of those of which the float model is timed as well.
     """
 
     candidates: tuple[Candidate, ...]
     runtime: str
     batch_size: int = 1
+    floats: tuple[int, ...] = (0,)
 
 
 Asked = Sequence[Candidate] | Probes | Race | Timings

@@ -42,7 +42,7 @@ class Program:
         costs: BitCosts,
         losses: Mapping[str, Floats],
         rng: random.Random,
-        tightened: float = 1.0,
+        corrected: float = 1.0,
     ) -> list[dict[str, Choice]]:
         """The solution, equal bits, and neighbours; all different and within the limits.
 
@@ -50,12 +50,12 @@ class Program:
             costs: Of the layers.
             losses: For each layer the loss at each choice, no smaller with fewer bits.
             rng: Perturbs.
-            tightened: The limit on latency is multiplied by it.
+            corrected: The limit on latency is multiplied by it.
 
         Raises:
             BudgetError: Nothing is, or nothing has to be quantized.
         """
-        limits = self.allowed(costs, tightened)
+        limits = self.allowed(costs, corrected)
         found = [allocate(costs, self.choices, losses, limits)]
         equal = (dict.fromkeys(costs.layers, choice) for choice in reversed(self.choices))
         found += itertools.islice((e for e in equal if _rounds(e) and costs.within(e, limits)), 1)
@@ -68,7 +68,7 @@ class Program:
             raise BudgetError("the limits are met in float: there is nothing to quantize")
         return rounded
 
-    def allowed(self, costs: BitCosts, tightened: float = 1.0) -> dict[str, float]:
+    def allowed(self, costs: BitCosts, corrected: float = 1.0) -> dict[str, float]:
         """The most of each that is limited, and was timed if it has to be.
 
         Raises:
@@ -82,7 +82,7 @@ class Program:
             used, whole = costs.value(key, fewest), costs.dense(key)
             allowed[key] = read_limit(asked, f"MixedPrecision.{key}").absolute(whole)
             if key == "latency_ms":
-                allowed[key] *= tightened
+                allowed[key] *= corrected
             if used > allowed[key]:
                 raise BudgetError(
                     f"{key} {asked} can't be reached: with the fewest bits in every layer it is "

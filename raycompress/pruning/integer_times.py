@@ -4,6 +4,11 @@ One layer at a time is left in float, and the whole model is timed: what its int
 includes what it costs to round at its borders, which no timing of the layer alone can see. The
 latency of a mixture is the sum of these, scaled so that all of them lead from the model in integers
 to the one in float, both of which were timed.
+
+That is a guide: a border costs less where the next layer is in float as well. On onnxruntime, sums
+were off by 11 % in the mean on a chain of seven layers and by 9 to 12 % on a residual net of 14
+(ten random mixtures each, in turns). Adding what neighbours save together made it 1 % on the chain,
+and 14 to 15 % on the other. So whoever searches by sums times what is found.
 """
 
 from __future__ import annotations

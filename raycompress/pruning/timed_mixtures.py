@@ -44,8 +44,12 @@ class TimedMixtures:
     runtime: str
     batch_size: int
 
-    def time(self, candidates: Sequence[Candidate]) -> Timed:
+    def time(self, candidates: Sequence[Candidate], *, floats: bool = False) -> Timed:
         """Each candidate's trial, behind that of the dense model in integers beside it.
+
+        Args:
+            candidates: Any number of them.
+            floats: Their float models are timed as well, not only the dense one.
 
         Raises:
             EvaluationError: The runtime can't take one.
@@ -53,7 +57,8 @@ class TimedMixtures:
         first, timed = self._in_float(()), []
         for start in range(0, len(candidates), CHUNK):
             asked = (first, *candidates[start : start + CHUNK])
-            beside, *others = yield Timings(asked, self.runtime, self.batch_size)
+            with_float = tuple(range(len(asked))) if floats else (0,)
+            beside, *others = yield Timings(asked, self.runtime, self.batch_size, with_float)
             if beside.failure is not None:  # it stands for all of them
                 raise EvaluationError(f"timing on {self.runtime} failed: {beside.failure}")
             timed += [(beside, other) for other in others]
@@ -97,7 +102,7 @@ class TimedMixtures:
         self.problem.report({"latency_error": times.error.mean})
         ends = [replace(base, quantize=self._integers()) for base, _ in bases]
         pruned = [end for end in ends if end != self._in_float(())]
-        timed = dict(zip(pruned, (yield from self.time(pruned)), strict=True))
+        timed = dict(zip(pruned, (yield from self.time(pruned, floats=True)), strict=True))
         costs = []
         for end, (_, counts) in zip(ends, bases, strict=True):
             costs_of = BitCosts.of(self.problem.model, self.problem.structure, counts)

@@ -57,16 +57,17 @@ class MadeUp(LocalExecutor):
 
     def latency(self, candidates, batch_sizes, repeats, max_seconds=None, runtime=""):
         assert runtime == "onnx" and batch_sizes == (4,)
-        self.steps = [*getattr(self, "steps", []), list(candidates.values())]
+        whole = [each for name, each in candidates.items() if not name.startswith(FLOAT)]
+        self.steps = [*getattr(self, "steps", []), whole]
         if self.broken:
             raise EvaluationError(self.broken)
         slow = self.drift ** (len(self.steps) - 1)
         rows = []
         for name, candidate in candidates.items():
             own, whole = self.true_ms(candidate)
-            for row, ms in ((name, own), (FLOAT + name, whole)):
-                # The median is another one: what is disturbed.
-                rows.append(LatencyRow(row, 4, 9 * slow * ms, slow * ms, 99.0, 3, slow * ms, 0, 0))
+            ms = slow * (whole if name.startswith(FLOAT) else own)
+            # The median is another one: what is disturbed.
+            rows.append(LatencyRow(name, 4, 9 * ms, ms, 99.0, 3, ms, 0, 0))
         return rows
 
     def true_ms(self, candidate):
@@ -154,7 +155,8 @@ def test_the_winner_loses_least_of_what_is_fast_enough(tmp_path):
     problem, executor = made_up(tmp_path)
     asked, winner = drive(limited("75%"), problem)
     kinds = [type(step).__name__ for step, _ in asked]
-    assert kinds == ["Timings", "Timings", "Probes", "Timings", "Race"]
+    assert kinds[:3] == ["Timings", "Timings", "Probes"] and kinds[-1] == "Race"
+    assert set(kinds[3:-1]) == {"Timings"}
     limit = 0.75 * 15.5
     race, results = asked[-1]
     assert all(executor.true_ms(each)[0] <= limit for each in race.candidates)
@@ -177,7 +179,7 @@ def test_the_winner_loses_least_of_what_is_fast_enough(tmp_path):
 
 
 def test_what_is_too_slow_as_timed_never_wins(tmp_path):
-    """Sums say that it is fast enough, and it isn't: the search leaves room and asks again."""
+    """Sums say that it is fast enough, and it isn't: the limit is corrected, and all asked anew."""
     problem, executor = made_up(tmp_path, border=1.2)
     asked, winner = drive(limited("75%", neighbours=0), problem)
     assert executor.true_ms(winner)[0] <= 0.75 * 15.5
@@ -249,10 +251,10 @@ def test_timings_are_shared_and_kept(tmp_path):
             probes = [t for s, trials in asked if isinstance(s, Timings) for t in trials]
             assert all(trial.probe and not trial.shards for trial in probes)
     # Layers before the trials, proposals in them; in a second run nothing.
-    assert counted[0][:2] == (2, 3) and counted[1][:2] == (0, 0)
+    assert 2 == counted[0][0] < counted[0][1] and counted[1][:2] == (0, 0)
     assert counted[0][2] == counted[1][2]
     rows = [r for r in read_ledger(tmp_path / "ledger") if r["kind"] == "timing"]
-    assert all(r["latency_ms"] > 0 and r["float_ms"] > 0 and r["runtime"] == "onnx" for r in rows)
+    assert all(r["latency_ms"] > 0 and r["runtime"] == "onnx" for r in rows)
 
 
 def test_a_failed_timing_is_tried_again_by_another_run(tmp_path):
@@ -303,7 +305,8 @@ def test_onnxruntime_times_what_it_is_asked(tmp_path):
     whole = Candidate(problem.weights, quantize=how)
     part = replace(whole, quantize=Quantization.of(PTQ(), {"conv2": Bits(weight=8, input=8)}))
     trials = answer(Timings((whole, part), "onnx", 4), executor)
-    assert all(t.failure is None and t.latency_ms > 0 and t.float_ms > 0 for t in trials)
+    assert all(t.failure is None and t.latency_ms > 0 for t in trials)
+    assert trials[0].float_ms > 0 and trials[1].float_ms is None
     assert trials[0].latency_ms != trials[1].latency_ms
     again = answer(Timings((whole, part), "onnx", 4), executor)
     assert all(trial.replayed for trial in again)

@@ -57,13 +57,13 @@ def check() -> None:
 
 def lower(
     model: nn.Module,
-    float_model: nn.Module,
+    float_model: nn.Module | None,
     example_inputs: tuple[Any, ...],
     folder: Path,
     feed: Callable[[nn.Module], object],
     how: Quantization | None = None,
 ) -> Lowered:
-    """Writes `quantized.pt2` and `float.pt2`, and compiles both.
+    """Writes `quantized.pt2` and, of the float model, `float.pt2`, and compiles both.
 
     Raises:
         ConfigError: The model isn't quantized to 8 bits by scales and zero points.
@@ -76,17 +76,18 @@ def lower(
     del how  # the layers say it all
     made = integer_program(model, example_inputs, feed, int32_bias=False)
     path, reference = folder / "quantized.pt2", folder / "float.pt2"
-    name, traced = type(float_model).__name__, made.program.module()
+    name, traced = type(model).__name__, made.program.module()
     save_program(made.program, made.inputs, path, traced, name=name, reason=made.reason)
-    save_pt2(float_model, example_inputs, reference)
+    if float_model is not None:
+        save_pt2(float_model, example_inputs, reference)
     runs = CompiledProgram(load_program(path))
     lowered = Lowered(
         backend="inductor",
         model=runs,
-        reference=CompiledProgram(load_program(reference)),
+        reference=None if float_model is None else CompiledProgram(load_program(reference)),
         path=path,
         file_bytes=path.stat().st_size,
-        reference_bytes=reference.stat().st_size,
+        reference_bytes=0 if float_model is None else reference.stat().st_size,
         layers_asked=made.layers,
         layers_integer=runs.layers,
         fixed_batch=made.reason,

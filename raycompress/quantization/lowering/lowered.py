@@ -22,7 +22,8 @@ class Lowered:
     Attributes:
         backend: Which one.
         model: Called as the float model is; runs on the CPU.
-        reference: The float model on the same runtime, for its latency; called alike.
+        reference: The float model on the same runtime, for its latency; called alike. None: it
+            wasn't given.
         path: The file.
         file_bytes: Its size.
         reference_bytes: That of the float model's file in the same format.
@@ -34,7 +35,7 @@ class Lowered:
 
     backend: str
     model: nn.Module
-    reference: nn.Module
+    reference: nn.Module | None
     path: Path
     file_bytes: int
     reference_bytes: int
@@ -62,7 +63,7 @@ def check_integers(backend: str, asked: Collection[str], integer: Collection[str
 Lower = Callable[
     [
         nn.Module,
-        nn.Module,
+        nn.Module | None,
         tuple[object, ...],
         Path,
         Callable[[nn.Module], object],
@@ -73,7 +74,8 @@ Lower = Callable[
 """`lower(model, float_model, example_inputs, folder, feed, how)`.
 
 `model` is prepared, has its ranges, and is in eval mode on the CPU; `float_model` is what it was
-made of. Neither is changed. Files go to `folder`, which is there. `feed(model)` runs a model on
-calibration data, as `for batch in batches: task.forward(model, batch)`: outputs that are rounded
-only once they are lowered take their ranges from it. `how` is what it was prepared with.
+made of, or, for backends that compute in integers, None where nothing is to be compared with it.
+Neither is changed. Files go to `folder`, which is there. `feed(model)` runs a model on calibration
+data, as `for batch in batches: task.forward(model, batch)`: outputs that are rounded only once they
+are lowered take their ranges from it. `how` is what it was prepared with.
 """

@@ -22,7 +22,7 @@ def check() -> None:
 
 def lower(
     model: nn.Module,
-    float_model: nn.Module,
+    float_model: nn.Module | None,
     example_inputs: tuple[object, ...],
     folder: Path,
     feed: Callable[[nn.Module], object],
@@ -34,6 +34,7 @@ def lower(
         ArtifactError: The model can't be stored.
     """
     del example_inputs, feed  # nothing is traced, and outputs stay in float
+    assert float_model is not None  # it is loaded onto that
     choices = dict(how.choices)
     packed = save_packed(model, folder / "packed.safetensors", how.quantizer, choices)
     loaded = load_packed(packed.path, copy.deepcopy(float_model), how.quantizer)
