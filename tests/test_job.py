@@ -220,6 +220,7 @@ def test_task_of_a_job_is_found_in_the_working_directory():
 SHIPPED = [
     "quickstart",
     "fashion_annealing",
+    "fashion_bits",
     "fashion_front",
     "fashion_quantized",
     "fashion_sensitivity",
