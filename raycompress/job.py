@@ -27,7 +27,7 @@ from raycompress.groundwork import (
     share_probes,
     table_note,
 )
-from raycompress.ledger import scan_ledger
+from raycompress.ledger import answers, scan_ledger
 from raycompress.lowered import try_lowering
 from raycompress.measured import Measured, measure_dense
 from raycompress.pareto import Point
@@ -290,14 +290,13 @@ def _best(trials: Sequence[TrialResult]) -> str:
 
 
 def _notes(plan: Plan, table: LatencyTable | None) -> tuple[str, ...]:
-    failed: dict[str, str] = {}
-    for record in scan_ledger(plan.output / "ledger"):
-        failed.pop(record["key"], None)  # what lacked memory may have been done by a later run
-        if record["failure"] is not None:
-            failed[record["key"]] = record["failure"]
+    records = answers(plan.output / "ledger")
+    failed = [record["failure"] for record in records if record["failure"] is not None]
+    timed = table is not None or any(trial.pruner.timed_on for trial in plan.checked)
     notes = [
         "Scores on validation data selected; scores on test data selected nothing.",
-        "Latency depends on the machine; everything else is the same on every run on it.",
+        f"Latency{', and what it decided,' if timed else ''} depends on the machine; everything else "
+        "is the same on every run on it.",
     ]
     if table is not None:
         notes.append(table_note(table))
@@ -311,5 +310,5 @@ def _notes(plan: Plan, table: LatencyTable | None) -> tuple[str, ...]:
     if tune and tune.scheduler == "asha" and at_once:
         notes.append("Which trials were stopped depends on the order in which they ran.")
     if failed:
-        notes.append(f"{len(failed)} candidates failed, first: {next(iter(failed.values()))}")
+        notes.append(f"{len(failed)} candidates failed, first: {failed[0]}")
     return tuple(notes)

@@ -20,7 +20,7 @@ from typing import Any
 from raycompress.errors import RaycompressError
 from raycompress.storage import ObjectPath, Place, Segments, place_of, read_all, writing
 
-__all__ = ["Ledger", "read_ledger", "scan_ledger"]
+__all__ = ["Ledger", "answers", "read_ledger", "scan_ledger"]
 
 Record = dict[str, Any]
 
@@ -62,6 +62,19 @@ def scan_ledger(folder: str | Path | ObjectPath) -> Iterator[Record]:
         for path in sorted(place.glob("*.jsonl")):
             for record, _ in _part(path):
                 yield record
+
+
+def answers(folder: str | Path | ObjectPath) -> Iterator[Record]:
+    """One record for each key: a failure that was tried again gives way to what came of that."""
+    answered: set[str] = set()
+    failed: dict[str, Record] = {}
+    for record in scan_ledger(folder):
+        if record.get("again"):
+            failed[record["key"]] = record
+        elif record["key"] not in answered:
+            answered.add(record["key"])
+            yield record
+    yield from (record for key, record in failed.items() if key not in answered)
 
 
 def read_ledger(folder: str | Path | ObjectPath) -> list[Record]:
@@ -149,7 +162,7 @@ class Ledger:
         self._pending, self._committed = False, time.monotonic()
         # Compressed: as objects, 100,000 records take hundreds of MB.
         self._known: dict[str, bytes] = {
-            record["key"]: _packed(_line(record)) for record in scan_ledger(self.folder)
+            record["key"]: _packed(_line(record)) for record in answers(self.folder)
         }
 
     def get(self, key: str) -> Record | None:

@@ -21,7 +21,7 @@ from raycompress.errors import (
     VerificationError,
 )
 from raycompress.hiding import hidden
-from raycompress.ledger import scan_ledger
+from raycompress.ledger import answers
 from raycompress.measured import final_model
 from raycompress.output import own_id
 from raycompress.pareto import Point
@@ -244,7 +244,7 @@ def write_candidates(plan: Plan, path: Path) -> None:
             "worker": record["worker"],
             **{name: record.get(name) for name in ("runtime", "latency_ms", "float_ms")},
         }
-        for record in scan_ledger(plan.output / "ledger")
+        for record in answers(plan.output / "ledger")
     ]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
 

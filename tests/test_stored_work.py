@@ -9,7 +9,7 @@ import torch
 from raycompress import ledger as ledger_module
 from raycompress import weights as weights_module
 from raycompress.errors import RaycompressError
-from raycompress.ledger import Ledger, read_ledger
+from raycompress.ledger import Ledger, answers, read_ledger
 from raycompress.storage import ObjectPath
 from raycompress.weights import Weights, WeightStore
 
@@ -48,6 +48,22 @@ def test_a_ledger_answers_what_was_put(place):
         ledger.put({"w": {"value": 4}})
     # By part, then by time of writing.
     assert [record["key"] for record in read_ledger(place)] == ["x", "y", "w", "z"]
+
+
+@pytest.mark.parametrize("parts", ["ab", "ba"])  # by name, not by time
+def test_a_failure_that_was_tried_again_gives_way_to_what_came_of_it(place, parts):
+    lost = {"failure": "no memory", "again": True}
+    with Ledger(place, parts[0]) as ledger:
+        ledger.put({"x": lost, "y": lost})
+    with Ledger(place, parts[1]) as ledger:
+        assert ledger.get("x") == {"key": "x", **lost}
+        ledger.put({"x": {"failure": None}})
+        assert ledger.get("x") == {"key": "x", "failure": None}
+    with Ledger(place, "c") as ledger:
+        assert ledger.get("x") == {"key": "x", "failure": None}
+        assert ledger.get("y") == {"key": "y", **lost}
+    assert [(r["key"], r["failure"]) for r in answers(place)] == [("x", None), ("y", "no memory")]
+    assert len(read_ledger(place)) == 3
 
 
 def test_what_is_appended_is_there_after_a_commit(place):
