@@ -295,8 +295,8 @@ def _notes(plan: Plan, table: LatencyTable | None) -> tuple[str, ...]:
     timed = table is not None or any(trial.pruner.timed_on for trial in plan.checked)
     notes = [
         "Scores on validation data selected; scores on test data selected nothing.",
-        f"Latency{', and what it decided,' if timed else ''} depends on the machine; everything else "
-        "is the same on every run on it.",
+        f"Latency{', and what it decided,' if timed else ''} depends on the machine; everything "
+        "else is the same on every run on it.",
     ]
     if table is not None:
         notes.append(table_note(table))
