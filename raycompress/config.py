@@ -239,7 +239,7 @@ class LatencyConfig:
             passes are timed if it is short.
         resources: Ray resources of the replica that measures, such as {"phone": 1} of the nodes
             that are the target devices; CPU and GPU are as in `cluster` where they aren't given.
-            Empty: any replica measures. Models that `quantize` lowers are timed by the driver.
+            Empty: any replica measures.
     """
 
     batch_sizes: tuple[int, ...] = (1, 64)

@@ -19,7 +19,7 @@ from typing import Any, Self
 
 from raycompress.candidate import Candidate, Ranking, Shard, Trial, digest_of
 from raycompress.dfe import Prices
-from raycompress.errors import RaycompressError
+from raycompress.errors import RaycompressError, StorageError
 from raycompress.identity import structure_digest
 from raycompress.ledger import Ledger
 from raycompress.on_runtime import FLOAT
@@ -228,16 +228,21 @@ class LedgerExecutor(ABC):
     def _time(self, asked: Timings, timing: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Records of what was timed just now."""
         named = {str(index): candidate for index, candidate in enumerate(asked.candidates)}
-        start, failure, fast = time.perf_counter(), None, {}
+        floats = {FLOAT + name: c for name, c in named.items() if int(name) in asked.floats}
+        start = time.perf_counter()
+        fast: dict[str, float] = {}
+        failures: dict[str, str] = {}
         try:
-            sizes = (asked.batch_size,)
-            floats = {FLOAT + name: c for name, c in named.items() if int(name) in asked.floats}
-            models = named | floats
-            rows = self.latency(models, sizes, TIMED_PASSES, TIMED_SECONDS, asked.runtime)
+            rows = self.latency(
+                named | floats, (asked.batch_size,), TIMED_PASSES, TIMED_SECONDS, asked.runtime
+            )
+            failures = {row.name: row.failure for row in rows if row.failure}
             # What else the machine does only adds to a pass: its low percentiles say more.
-            fast = {row.name: round(row.p10_ms, 6) for row in rows}
-        except RaycompressError as error:
-            failure = f"{type(error).__name__}: {error}"
+            fast = {row.name: round(row.p10_ms, 6) for row in rows if not row.failure}
+        except StorageError:
+            raise
+        except RaycompressError as error:  # such as a replica that was lost
+            failures = dict.fromkeys(named, f"{type(error).__name__}: {error}")
         seconds = round((time.perf_counter() - start) / len(named), 6)
         return [
             {
@@ -248,7 +253,7 @@ class LedgerExecutor(ABC):
                 "float_ms": fast.get(FLOAT + name),
                 "split": None,
                 "shards": [],
-                "failure": failure,
+                "failure": failures.get(name, failures.get(FLOAT + name)),
                 "weights": None,
                 "seconds": seconds,
                 "dfe": 0.0,

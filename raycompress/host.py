@@ -7,6 +7,7 @@ search is answered alike everywhere.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import tempfile
 import time
@@ -120,12 +121,13 @@ class ModelHost(Builder):
 
         On a runtime: on the host's CPU; see `on_runtime`.
         """
+        failures: dict[str, str] = {}
         with self.evaluation.own_threads(), tempfile.TemporaryDirectory() as folder:
             if runtime:
-                models = on_runtime(self, candidates, runtime, Path(folder))
+                models, failures = on_runtime(self, candidates, runtime, batch_sizes, Path(folder))
             else:
                 models = {name: self.build(each) for name, each in candidates.items()}
-            return measure(
+            rows = measure(
                 models,
                 self.task.example_inputs(),
                 batch_sizes=batch_sizes,
@@ -133,6 +135,8 @@ class ModelHost(Builder):
                 max_seconds=max_seconds,
                 device="cpu" if runtime else self.device,
             )
+        failed = itertools.product(failures.items(), batch_sizes)
+        return [*rows, *(LatencyRow.failed(name, size, why) for (name, why), size in failed)]
 
     def latency_table(
         self, batch_size: int, folder: str | Place | None, max_seconds: float

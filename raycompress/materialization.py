@@ -271,7 +271,7 @@ def _materialize(work: _Work, backend: Backend, progress: Progress) -> Materiali
             made = quantize_candidate(
                 plan, done.candidate, how, done.rows[-1], name, work.seed, place, pool, store
             )
-            made = time_quantized(plan, {name: made}, pool)[name]
+            made = time_quantized(plan, {name: made}, pool, progress)[name]
     progress.stage("Save")
     return _saved(work, done, final_model(plan, store.get(done.candidate.weights)), made)
 

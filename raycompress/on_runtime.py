@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from raycompress.builder import Builder
 from raycompress.candidate import Candidate
-from raycompress.errors import EvaluationError
+from raycompress.errors import EvaluationError, StorageError
 from raycompress.quantization.lowering import Lowered, lowering
+from raycompress.structure.latency.measure import batch_of, forward
 
 __all__ = ["FLOAT", "on_runtime"]
 
@@ -19,8 +21,12 @@ FLOAT = "float of "
 
 
 def on_runtime(
-    builder: Builder, candidates: Mapping[str, Candidate], runtime: str, folder: Path
-) -> dict[str, nn.Module]:
+    builder: Builder,
+    candidates: Mapping[str, Candidate],
+    runtime: str,
+    batch_sizes: Sequence[int],
+    folder: Path,
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """Quantized candidates, and float models that they were made of, on the CPU.
 
     Args:
@@ -28,25 +34,35 @@ def on_runtime(
         candidates: By name, each with `quantize` or of weights that are quantized. Where the name
             begins with `FLOAT`, the float model is meant.
         runtime: A backend that computes in integers.
+        batch_sizes: That they are tried at.
         folder: Of the files; empty.
 
-    Raises:
-        RaycompressError: The backend isn't here, or can't take a candidate.
+    Returns:
+        By name those that run, and of the others why they don't.
     """
     names: dict[Candidate, list[str]] = {}
     for name, candidate in candidates.items():
         names.setdefault(candidate, []).append(name)
     models: dict[str, nn.Module] = {}
+    failures: dict[str, str] = {}
     for index, (candidate, own) in enumerate(names.items()):
         place = folder / str(index)
         place.mkdir()
-        with_float = any(name.startswith(FLOAT) for name in own)
-        lowered = _lowered(builder, candidate, runtime, place, with_float)
-        for name in own:
-            model = lowered.reference if name.startswith(FLOAT) else lowered.model
-            assert model is not None
-            models[name] = model
-    return {name: models[name] for name in candidates}
+        try:
+            with_float = any(name.startswith(FLOAT) for name in own)
+            lowered = _lowered(builder, candidate, runtime, place, with_float)
+            for name in own:
+                model = lowered.reference if name.startswith(FLOAT) else lowered.model
+                assert model is not None
+                _try(builder, model, batch_sizes)
+                models[name] = model
+        except StorageError:  # no candidate's failure
+            raise
+        except Exception as error:
+            lines = str(error).strip().splitlines()
+            reason = f"{type(error).__name__}: {lines[0] if lines else ''}"
+            failures |= {name: reason for name in own if name not in models}
+    return models, failures
 
 
 def _lowered(
@@ -72,3 +88,10 @@ def _lowered(
     )
     lowered.check()
     return lowered
+
+
+def _try(builder: Builder, model: nn.Module, batch_sizes: Sequence[int]) -> None:
+    """Raises what a model raises at one of the sizes, such as one whose batch size is fixed."""
+    with torch.inference_mode():
+        for size in batch_sizes:
+            forward(model, batch_of(builder.task.example_inputs(), size, torch.device("cpu")))

@@ -108,11 +108,12 @@ def check_found_bits(plan: QuantizePlan | None, pruner: Pruner, problem: Problem
     if plan.section.config_list:
         raise ConfigError(f"quantize.config_list must be left out: {name} finds the bits")
     backend = plan.section.lower
-    fewer = any(b not in (None, 8) for q in bits for _, e in q.choices for b in (e.weight, e.input))
-    if backend in INTEGERS and fewer:
+    other = any((e.weight, e.input) != (8, 8) for found in bits for _, e in found.choices)
+    if backend in INTEGERS and other:
         raise ConfigError(
-            f"quantize.lower: {backend} computes in 8 bits, and {name} finds fewer; "
-            "lower: packed stores any number of bits, and runs in simulation"
+            f"quantize.lower: {backend} computes in integers where weight and input have 8 bits, "
+            f"and {name} finds others; lower: packed stores any number of bits, and runs in "
+            "simulation"
         )
     if pruner.timed_on not in ("", backend):
         raise ConfigError(

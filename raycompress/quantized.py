@@ -105,7 +105,7 @@ def quantize_trials(
         done.append(trial)
     if any(_on_kernels(each) for each in made.values()):
         progress.stage(f"Time models on {plan.quantize.section.lower}")
-        made = time_quantized(plan, made, pool)
+        made = time_quantized(plan, made, pool, progress)
     return [
         replace(trial, rows=(*trial.rows, *own.rows), quantized=own.result)
         if (own := made.get(trial.name)) is not None
@@ -221,7 +221,7 @@ def quantize_candidate(
 
 
 def time_quantized(
-    plan: Plan, made: Mapping[str, Quantized], pool: LedgerExecutor
+    plan: Plan, made: Mapping[str, Quantized], pool: LedgerExecutor, progress: Progress
 ) -> dict[str, Quantized]:
     """The same with latency on the job's backend, all timed in turns with their float models.
 
@@ -229,6 +229,7 @@ def time_quantized(
         plan: Of a job that lowers.
         made: By name.
         pool: Times them, lowered there from the same weights.
+        progress: Told of those that can't be timed there; they have no latency.
     """
     assert plan.quantize is not None
     settings = plan.config.latency
@@ -236,13 +237,21 @@ def time_quantized(
     if not asked:
         return dict(made)
     candidates = {name: Candidate(each.result.weights) for name, each in asked.items()}
-    rows = pool.latency(
-        candidates | {FLOAT + name: candidate for name, candidate in candidates.items()},
-        settings.batch_sizes,
-        settings.repeats,
-        settings.max_seconds,
-        plan.quantize.section.lower,
-    )
+    backend = plan.quantize.section.lower
+    try:
+        rows = pool.latency(
+            candidates | {FLOAT + name: candidate for name, candidate in candidates.items()},
+            settings.batch_sizes,
+            settings.repeats,
+            settings.max_seconds,
+            backend,
+        )
+    except EvaluationError as error:  # the models are made, and sound
+        progress.message(f"timing on {backend} failed: {error}")
+        return dict(made)
+    for name, reason in {row.name: row.failure for row in rows if row.failure}.items():
+        progress.message(f"timing {name} on {backend} failed: {reason}")
+    rows = [row for row in rows if not row.failure]
 
     def of(name: str) -> tuple[Latency, ...]:
         # Memory that a runtime takes by itself isn't seen.

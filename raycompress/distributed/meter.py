@@ -6,8 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import ray
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
 from raycompress.config import ClusterConfig
-from raycompress.distributed.cluster import bundle, check_feasible
+from raycompress.distributed.cluster import bundle, check_feasible, reserve
 from raycompress.distributed.slots import Slot, check_alike, wait_ready
 from raycompress.distributed.spec import SharedSpec
 from raycompress.units import HostInfo
@@ -16,7 +19,7 @@ __all__ = ["Meter"]
 
 
 class Meter:
-    """A place for one replica, which starts when it is asked for.
+    """A place for one replica, which starts when it is asked for, and waits where others hold it.
 
     Args:
         cluster: Of the replicas that work: its deadlines, and what isn't said of this one.
@@ -34,6 +37,7 @@ class Meter:
         cpus, gpus = target.get("CPU", cluster.cpus), target.get("GPU", cluster.gpus)
         self._cluster = replace(cluster, cpus=cpus, gpus=gpus, resources=own)
         self.slot: Slot | None = None
+        self._room: Any = None
         what = "the replica that measures latency doesn't fit (latency.resources)"
         check_feasible([bundle(self._cluster)], what, cluster.start_timeout)
 
@@ -46,12 +50,16 @@ class Meter:
             info: What the others are.
 
         Raises:
-            ClusterError: It isn't up in time, or has other code or data.
+            ClusterError: It isn't up in time, once it has its room, or has other code or data.
         """
+        if self._room is None:
+            who = "the replica that measures latency (latency.resources)"
+            self._room = reserve([bundle(self._cluster)], who, self._cluster.start_timeout)
         if self.slot is None:
+            place = PlacementGroupSchedulingStrategy(self._room)
 
             def start() -> Slot:
-                return Slot.start("meter", self._cluster, shared, published, "DEFAULT")
+                return Slot.start("meter", self._cluster, shared, published, place)
 
             slots = [start()]
             own = wait_ready(slots, start, self._cluster)
@@ -60,8 +68,11 @@ class Meter:
             (self.slot,) = slots
         return self.slot
 
-    def lend(self) -> None:
-        """Ends the replica, so that another trial can have the device."""
+    def close(self) -> None:
+        """Ends the replica and gives its room back; it may be asked for again."""
         if self.slot is not None:
             self.slot.kill()
             self.slot = None
+        if self._room is not None:
+            ray.util.remove_placement_group(self._room)
+            self._room = None

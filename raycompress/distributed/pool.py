@@ -162,7 +162,8 @@ class ReplicaPool(LedgerExecutor):
                 times; or the model raised.
         """
         arguments = (dict(candidates), tuple(batch_sizes), repeats, max_seconds, runtime)
-        rows: list[LatencyRow] = self._alone("latency", arguments, max_seconds)
+        models = max(len(candidates), 1) if runtime else 1
+        rows: list[LatencyRow] = self._alone("latency", arguments, max_seconds, models)
         return rows
 
     def latency_table(
@@ -177,23 +178,32 @@ class ReplicaPool(LedgerExecutor):
         table: LatencyTable = self._alone("latency_table", arguments, max_seconds)
         return table
 
-    def _alone(self, method: str, arguments: tuple[Any, ...], max_seconds: float | None) -> Any:
+    def _alone(
+        self, method: str, arguments: tuple[Any, ...], max_seconds: float | None, models: int = 1
+    ) -> Any:
         """Calls one replica, and another one where that is lost.
 
         A measurement runs over its time by at most what was under way at the end of it, which
-        `cluster.unit_timeout` bounds as it does any unit.
+        `cluster.unit_timeout` bounds as it does any unit; so it does each of the models that are
+        lowered before.
         """
+        try:
+            return self._asked(method, arguments, max_seconds, models)
+        finally:
+            if self._lends_meter and self._meter is not None:
+                self._meter.close()
+
+    def _asked(
+        self, method: str, arguments: tuple[Any, ...], max_seconds: float | None, models: int
+    ) -> Any:
         timeout = self.cluster.unit_timeout
         if timeout is not None:
-            timeout = None if max_seconds is None else timeout + max_seconds
+            timeout = None if max_seconds is None else models * timeout + max_seconds
         reason = ""
         for _ in range(MAX_LOSSES):
             slot = self._measuring()
             try:
-                answer = ray.get(getattr(slot.actor, method).remote(*arguments), timeout=timeout)
-                if self._lends_meter and self._meter is not None:
-                    self._meter.lend()
-                return answer
+                return ray.get(getattr(slot.actor, method).remote(*arguments), timeout=timeout)
             except ray.exceptions.RayTaskError as error:
                 if isinstance(error.cause, RaycompressError):
                     raise error.cause from error
@@ -210,8 +220,10 @@ class ReplicaPool(LedgerExecutor):
     def close(self) -> None:
         """Ends the replicas."""
         self._extras.close()
-        for slot in self._own():
+        for slot in self._slots:
             slot.kill()
+        if self._meter is not None:
+            self._meter.close()
         self._slots, self._meter = [], None
         if self._room is not None:
             ray.util.remove_placement_group(self._room)

@@ -74,21 +74,30 @@ class Program:
         Raises:
             BudgetError: The fewest bits exceed one of them.
         """
-        fewest = dict.fromkeys(costs.layers, self.choices[0])
         allowed = {}
         for key, asked in self.limits.items():
             if key == "latency_ms" and costs.times is None:
                 continue
-            used, whole = costs.value(key, fewest), costs.dense(key)
+            used, whole = self._least(key, costs), costs.dense(key)
             allowed[key] = read_limit(asked, f"MixedPrecision.{key}").absolute(whole)
             if key == "latency_ms":
                 allowed[key] *= corrected
             if used > allowed[key]:
+                least = "with the fewest bits in every layer it is"
+                if key == "latency_ms":
+                    least = "by what was timed, the fastest mixture of integers and float takes"
                 raise BudgetError(
-                    f"{key} {asked} can't be reached: with the fewest bits in every layer it is "
-                    f"{used:.6g}, {100 * used / whole:.3g}%"
+                    f"{key} {asked} can't be reached: {least} {used:.6g}, {100 * used / whole:.3g}%"
                 )
         return allowed
+
+    def _least(self, key: str, costs: BitCosts) -> float:
+        """The least that any choices take: a sum over layers."""
+        choices = dict.fromkeys(costs.layers, self.choices[0])
+        for name in choices:
+            ways = [{**choices, name: choice} for choice in self.choices]
+            choices = min(ways, key=lambda way: costs.value(key, way))
+        return costs.value(key, choices)
 
 
 def allocate(

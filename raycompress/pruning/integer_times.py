@@ -41,15 +41,17 @@ class IntegerTimes:
     def of(
         float_ms: float, integer_ms: float, savings: Mapping[str, float], error: TableError
     ) -> IntegerTimes:
-        """From measured savings; a layer that was no faster in integers saves nothing.
+        """From measured savings, some of which may be below 0: slower in integers.
 
-        Where none was, or the whole model isn't, all layers share the difference alike.
+        Those above 0 are scaled; where that can't make up the difference, all are shifted alike.
         """
-        positive = {name: max(saving, 0.0) for name, saving in savings.items()}
-        if not any(positive.values()) or integer_ms >= float_ms:
-            positive = dict.fromkeys(savings, 1.0)
-        scale = (float_ms - integer_ms) / sum(positive.values())
-        scaled = {name: scale * saving for name, saving in positive.items()}
+        gained = sum(saving for saving in savings.values() if saving > 0)
+        wanted = float_ms - integer_ms - sum(saving for saving in savings.values() if saving < 0)
+        if gained > 0 and wanted > 0:
+            scaled = {n: s * wanted / gained if s > 0 else s for n, s in savings.items()}
+        else:
+            shift = (float_ms - integer_ms - sum(savings.values())) / len(savings)
+            scaled = {name: saving + shift for name, saving in savings.items()}
         return IntegerTimes(float_ms, integer_ms, scaled, error)
 
     def latency_ms(self, in_float: Collection[str]) -> float:

@@ -15,6 +15,7 @@ Where latency is limited, layers are in integers or in float on a runtime: what 
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -205,8 +206,13 @@ class MixedPrecision(Pruner):
             ratios |= dict(zip(new, (yield from timed.ratios(new, asked)), strict=True))
             if ENOUGH <= ratios[proposals[0]] <= 1:
                 break
-            corrected *= 0.99 / ratios[proposals[0]]
+            nearest = ratios[proposals[0]]
+            if math.isinf(nearest):  # the runtime can't take it
+                nearest = min(ratios[each] for each in proposals)
+            corrected *= 0.99 / nearest
         within = [each for each, ratio in ratios.items() if ratio <= 1]
+        if not within and all(math.isinf(ratio) for ratio in ratios.values()):
+            raise EvaluationError(f"{self.runtime} can run none of the allocations that were found")
         if not within:
             raise BudgetError(
                 f"latency_ms {limit} can't be reached: the fastest allocation that was timed on "
@@ -232,7 +238,7 @@ class MixedPrecision(Pruner):
                 reason = error  # others are narrower
                 continue
             if not proposals:
-                problem.report({key: costs.value(key, found[0]) for key in program.allowed(costs)})
+                problem.report({key: costs.value(key, found[0]) for key in program.limits})
             proposals += [replace(base, quantize=self._quantization(each)) for each in found]
         if not proposals:
             assert reason is not None

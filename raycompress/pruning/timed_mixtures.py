@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -47,25 +48,29 @@ class TimedMixtures:
     def time(self, candidates: Sequence[Candidate], *, floats: bool = False) -> Timed:
         """Each candidate's trial, behind that of the dense model in integers beside it.
 
+        A candidate that the runtime can't take has a failure.
+
         Args:
             candidates: Any number of them.
             floats: Their float models are timed as well, not only the dense one.
 
         Raises:
-            EvaluationError: The runtime can't take one.
+            EvaluationError: The runtime can't take the dense model in integers.
         """
         first, timed = self._in_float(()), []
         for start in range(0, len(candidates), CHUNK):
             asked = (first, *candidates[start : start + CHUNK])
             with_float = tuple(range(len(asked))) if floats else (0,)
             beside, *others = yield Timings(asked, self.runtime, self.batch_size, with_float)
-            if beside.failure is not None:  # it stands for all of them
+            if beside.failure is not None:
                 raise EvaluationError(f"timing on {self.runtime} failed: {beside.failure}")
             timed += [(beside, other) for other in others]
         return timed
 
     def layers(self) -> Generator[Timings, list[Trial], IntegerTimes]:
         """What the dense model's layers save; those of one kind and size are timed once.
+
+        A layer that can't be in float alone counts as if it were all that integers save.
 
         Raises:
             EvaluationError: The runtime can't take the model.
@@ -82,13 +87,23 @@ class TimedMixtures:
         timed = yield from self.time([self._in_float(each) for each in asked])
         float_ms, integer_ms = _float(timed[0][0]), _own(timed[0][0])
         # On the scale of the first ones, whatever the machine did meanwhile.
-        found = [_own(trial) * integer_ms / _own(beside) for beside, trial in timed]
+        found = [
+            _own(trial) * integer_ms / _own(beside) if trial.failure is None else float_ms
+            for beside, trial in timed
+        ]
         own = dict.fromkeys(alone, 0.0)
         own |= {kind: ms - integer_ms for kind, ms in zip(own, found[: len(single)], strict=False)}
         savings = {name: own[kind] for name, kind in kinds.items()}
         times = IntegerTimes.of(float_ms, integer_ms, savings, TableError.of([], []))
-        predicted = [times.latency_ms(each) for each in mixtures]
-        return replace(times, error=TableError.of(predicted, found[len(single) :][: len(mixtures)]))
+        checked = [
+            (times.latency_ms(each), ms)
+            for each, ms, (_, trial) in zip(
+                mixtures, found[len(single) :], timed[len(single) :], strict=False
+            )
+            if trial.failure is None
+        ]
+        error = TableError.of([predicted for predicted, _ in checked], [ms for _, ms in checked])
+        return replace(times, error=error)
 
     def priced(
         self, bases: Sequence[tuple[Candidate, Mapping[str, int]]]
@@ -109,6 +124,8 @@ class TimedMixtures:
             own = times
             if end in timed:
                 beside, trial = timed[end]
+                if trial.failure is not None:
+                    raise EvaluationError(f"timing on {self.runtime} failed: {trial.failure}")
                 drift = times.integer_ms / _own(beside)
                 shares = {
                     name: costs_of.layers[name].macs / max(layer.macs, 1)
@@ -121,9 +138,12 @@ class TimedMixtures:
     def ratios(
         self, candidates: Sequence[Candidate], limit: Limit
     ) -> Generator[Timings, list[Trial], list[float]]:
-        """Latency of each, as timed, over the limit."""
+        """Latency of each, as timed, over the limit; inf for what the runtime can't take."""
         timed = yield from self.time(candidates)
-        return [_own(trial) / limit.absolute(_float(beside)) for beside, trial in timed]
+        return [
+            _own(trial) / limit.absolute(_float(beside)) if trial.failure is None else math.inf
+            for beside, trial in timed
+        ]
 
     def _in_float(self, names: Collection[str]) -> Candidate:
         return Candidate(self.problem.weights, quantize=self._integers(names))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import ray
@@ -131,12 +132,19 @@ def test_latency_is_measured_at_the_target_device(toy: Toy, growing: Cluster) ->
         assert pool._meter.slot.node == phone.node_id
     bits = dict.fromkeys(("conv1", "conv2"), Bits(weight=8, input=8))
     asked = Candidate(toy.digest, quantize=Quantization.of(PTQ(), bits))
-    with ReplicaPool(toy.spec(), two_cores, target={"phone": 1, "CPU": 1}, reserved=True) as trial:
-        (timed,) = trial.timed(Timings((asked,), "onnx"))
-        assert timed.failure is None and 0 < timed.latency_ms and 0 < timed.float_ms
-        # Another trial may be waiting for the device.
-        assert trial._meter is not None and trial._meter.slot is None and trial.num_lost == 0
-        assert trial.timed(Timings((asked,), "onnx"))[0].replayed
+    one_core = ClusterConfig(replicas=1, cpus=1)
+    target = {"phone": 1, "CPU": 1}
+    with (
+        ReplicaPool(toy.spec(), one_core, target=target, reserved=True) as one,
+        ReplicaPool(toy.spec(), one_core, target=target, reserved=True) as two,
+        ThreadPoolExecutor(2) as both,
+    ):
+        # Two trials and one device: the second waits, and has it when the first has measured.
+        found = list(both.map(lambda trial: trial.timed(Timings((asked,), "onnx"))[0], (one, two)))
+        for trial, timed in zip((one, two), found, strict=True):
+            assert timed.failure is None and 0 < timed.latency_ms and 0 < timed.float_ms
+            assert trial._meter is not None and trial._meter.slot is None and trial.num_lost == 0
+            assert trial.timed(Timings((asked,), "onnx"))[0].replayed
     with pytest.raises(
         ClusterError, match=r"measures latency doesn't fit \(latency.resources\): no"
     ):

@@ -104,6 +104,11 @@ def integer_program(
     # Without in-place operators.
     traced = program.run_decompositions({}).module(check_guards=False)
     module = fx.GraphModule(traced, traced.graph)
+    linear = [
+        node
+        for node in module.graph.nodes
+        if _kind(node) is _ATEN.linear and _is_integer(node) and _end(node) is node
+    ]
     watched = _watch(module)
     if watched:
         with torch.no_grad():
@@ -111,9 +116,8 @@ def integer_program(
     points = 0
     for node, range_ in watched.items():
         points += _round(module, node, range_)
-    for node in list(module.graph.nodes):
-        if _kind(node) is _ATEN.linear and _is_integer(node):
-            _round(module, _end(node), None)
+    for node in linear:
+        _round(module, node, None)
     module.graph.eliminate_dead_code()
     module.delete_all_unused_submodules()
     module.recompile()
@@ -135,10 +139,14 @@ class _Range(nn.Module):
 
 
 def _watch(module: fx.GraphModule) -> dict[fx.Node, _Range]:
-    """Puts a range behind each integer convolution, and behind a clamp that alone reads it."""
+    """Puts a range behind each integer convolution, and behind a clamp that alone reads it.
+
+    And behind a clamp of an integer linear layer: onnxruntime makes one float kernel of the two.
+    """
     found: dict[fx.Node, _Range] = {}
     for node in list(module.graph.nodes):
-        if _kind(node) in _CONVOLUTIONS and _is_integer(node):
+        clamped = _kind(node) is _ATEN.linear and _end(node) is not node
+        if (_kind(node) in _CONVOLUTIONS or clamped) and _is_integer(node):
             name = f"range_{len(found)}"
             range_ = _Range()
             module.add_module(name, range_)

@@ -140,14 +140,23 @@ def _keep_in_float(path: Path) -> None:
                         onnx.helper.make_node("QuantizeLinear", [node.input[0], *ends], [integers])
                     )
                 channels = _channels(node, constants[node.input[1]].dims)
-                same = [onnx.numpy_helper.to_array(constants[end]) for end in ends]
-                each = [
-                    constant(f"{name}.{part}", np.full(channels, value))
-                    for part, value in zip(("scale", "zero_point"), same, strict=True)
-                ]
-                nodes.append(
-                    onnx.helper.make_node("DequantizeLinear", [integers, *each], [name], axis=1)
-                )
+                scale, zero = (onnx.numpy_helper.to_array(constants[end]) for end in ends)
+                if channels > 1:
+                    each = [
+                        constant(f"{name}.scale", np.full(channels, scale)),
+                        constant(f"{name}.zero_point", np.full(channels, zero)),
+                    ]
+                    nodes.append(
+                        onnx.helper.make_node("DequantizeLinear", [integers, *each], [name], axis=1)
+                    )
+                else:  # a scale for each channel would be one for all
+                    shift = constant(f"{name}.zero_point", zero.astype(np.float32))
+                    steps = [f"{name}.float", f"{name}.steps"]
+                    nodes += [
+                        onnx.helper.make_node("Cast", [integers], steps[:1], to=1),
+                        onnx.helper.make_node("Sub", [steps[0], shift], steps[1:]),
+                        onnx.helper.make_node("Mul", [steps[1], ends[0]], [name]),
+                    ]
                 node.input[0] = name
         nodes.append(node)
     del model.graph.node[:]

@@ -45,6 +45,7 @@ class LatencyRow:
         min_ms: the fastest pass; least disturbed by what else the machine does.
         peak_bytes: most memory that the pass takes beyond parameters and inputs.
         file_bytes: of the model's weights as a file.
+        failure: why there are no times; "" if there are.
     """
 
     name: str
@@ -56,6 +57,13 @@ class LatencyRow:
     min_ms: float
     peak_bytes: int
     file_bytes: int
+    failure: str = ""
+
+    @staticmethod
+    def failed(name: str, batch_size: int, failure: str) -> LatencyRow:
+        """Of a model that can't be timed."""
+        nan = float("nan")
+        return LatencyRow(name, batch_size, nan, nan, nan, 0, nan, 0, 0, failure)
 
 
 def measure(
