@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NoReturn
 
 from raycompress.analysis.sensitivity import SensitivityRow, write_sensitivity
 from raycompress.backend import Backend
-from raycompress.candidate import Candidate, Training
+from raycompress.candidate import Candidate, Training, Trial
 from raycompress.errors import EvaluationError
 from raycompress.executor import LedgerExecutor
 from raycompress.ledger import Ledger
@@ -117,6 +117,12 @@ def share_probes(job: Job, pool: LedgerExecutor, weights: str) -> None:
     """What pruners ask for whatever their budget and seed: once, for all trials."""
     plan = job.plan
     asked: list[Pruner] = []
+
+    def told(_: int, trials: Sequence[Trial]) -> None:
+        timed = sum(t.latency_ms is not None for t in trials)
+        if timed:
+            job.progress.message(f"timed {timed} mixtures of integers and float")
+
     for trial in plan.trials:
         if trial.pruner in asked or type(trial.pruner).shared is Pruner.shared:
             continue
@@ -124,7 +130,7 @@ def share_probes(job: Job, pool: LedgerExecutor, weights: str) -> None:
         job.progress.stage(f"Probe the model for {type(trial.pruner).__name__}")
         problem = job.problem(pool, weights)
         try:
-            run_search(trial.pruner.shared(problem), pool)
+            run_search(trial.pruner.shared(problem), pool, told)
         except EvaluationError as error:  # its trials will meet it; the others are sound
             job.progress.message(f"probing for {type(trial.pruner).__name__} failed: {error}")
 

@@ -225,6 +225,16 @@ def _log_lowered(
     return replace(trial, quantized=replace(quantized, model=address))
 
 
+TIMED = ("runtime", "batch_size", "latency_ms", "float_ms")
+
+
+def _mean(shards: Sequence[Sequence[float]], column: int) -> float | None:
+    """Over all examples; None of what wasn't judged."""
+    if not shards:
+        return None
+    return sum(shard[column] for shard in shards) / sum(shard[0] for shard in shards)
+
+
 def write_candidates(plan: Plan, path: Path) -> None:
     """The ledger as one table: a row for each finished unit."""
     rows = [
@@ -233,16 +243,14 @@ def write_candidates(plan: Plan, path: Path) -> None:
             "kind": record["kind"],
             "candidate": json.dumps(record["candidate"]),
             "split": record.get("split"),
-            "score": sum(s[1] for s in record["shards"])
-            / max(sum(s[0] for s in record["shards"]), 1),
-            "loss": sum(s[2] for s in record["shards"])
-            / max(sum(s[0] for s in record["shards"]), 1),
+            "score": _mean(record["shards"], 1),
+            "loss": _mean(record["shards"], 2),
             "failure": record["failure"],
             "weights": record["weights"],
             "seconds": record["seconds"],
             "dfe": record["dfe"],
             "worker": record["worker"],
-            **{name: record.get(name) for name in ("runtime", "latency_ms", "float_ms")},
+            **{name: record.get(name) for name in TIMED},
         }
         for record in answers(plan.output / "ledger")
     ]

@@ -101,9 +101,10 @@ def check_found_bits(plan: QuantizePlan | None, pruner: Pruner, problem: Problem
         return
     name = type(pruner).__name__
     if plan is None:
+        such = f"{{type: PTQ, lower: {pruner.timed_on or 'packed'}}}"
         raise ConfigError(
             f"{name} finds bits, and the job doesn't say how the model is trained and stored with "
-            "them: give quantize, such as quantize: {type: PTQ, lower: packed}"
+            f"them: give quantize, such as quantize: {such}"
         )
     if plan.section.config_list:
         raise ConfigError(f"quantize.config_list must be left out: {name} finds the bits")

@@ -21,6 +21,7 @@ from raycompress.on_runtime import FLOAT
 from raycompress.plan import Plan
 from raycompress.progress import Progress
 from raycompress.quantization import Quantization
+from raycompress.quantization.quantizer import default_layers
 from raycompress.quantized_files import write_quantized_files
 from raycompress.results import Latency, ModelRow, QuantizedResult, TrialResult
 from raycompress.storage import Place, staged
@@ -194,6 +195,7 @@ def quantize_candidate(
         in_float=plan.quantize.floats,
         folder=str(place),
         no_calibration=missing,
+        kept_float=tuple(n for n in default_layers(float_model) if n not in dict(how.choices)),
     )
     if lowered is None:
         return Quantized((row,), found)

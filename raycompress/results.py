@@ -193,6 +193,7 @@ class QuantizedResult:
         weights: Digest of the quantized weights in the weight store.
         folder: Path of its files: scales and zero points (`load_calibration` reads them), each
             layer's ranges and errors (layers.parquet), and the lowered model.
+        kept_float: Layers that stay in float since they were left out, or so it was found.
         no_calibration: Why there are no scales and zero points; "" if there are.
         backend: To which it was lowered; "" if it stays simulated.
         runs: "integers": really; "simulation": the file is small, the arithmetic is in float.
@@ -217,6 +218,7 @@ class QuantizedResult:
     weights: str = ""
     folder: str = ""
     no_calibration: str = ""
+    kept_float: tuple[str, ...] = ()
     backend: str = ""
     runs: Literal["integers", "simulation"] = "simulation"
     layers_asked: int = 0

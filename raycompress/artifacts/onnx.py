@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -75,6 +78,18 @@ def check_onnx(what: str) -> None:
         ) from error
 
 
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Without a line for each operator of packages that aren't installed."""
+    log = logging.getLogger("torch.onnx._internal.exporter._registration")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
 def write_onnx(program: torch.export.ExportedProgram, inputs: Inputs, path: Path) -> None:
     """Writes a program, unchecked.
 
@@ -89,7 +104,7 @@ def write_onnx(program: torch.export.ExportedProgram, inputs: Inputs, path: Path
     tensors = [*program.state_dict.values(), *program.constants.values()]
     size = sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _quiet_exporter():
             warnings.simplefilter("ignore")
             written = torch.onnx.export(
                 program, inputs.args, kwargs=inputs.kwargs, dynamo=True, verbose=False

@@ -15,10 +15,11 @@ from raycompress.errors import BudgetError
 from raycompress.pruning.bit_costs import FLOAT, BitCosts, Choice
 from raycompress.pruning.solver import Floats, PairwiseCost, solve
 
-__all__ = ["LIMITS", "Program", "allocate", "falling"]
+__all__ = ["ADVICE", "LIMITS", "Program", "allocate", "falling"]
 
 
 LIMITS = ("size", "bit_ops", "latency_ms")
+ADVICE = "raise it, time larger batches (batch_size), or prune first (pruner, widths)"
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,10 @@ class Program:
             found.append(allocate(costs, self.choices, noisy, limits))
         rounded = [e for i, e in enumerate(found) if e not in found[:i] and _rounds(e)]
         if not rounded or not _rounds(found[0]):
-            raise BudgetError("the limits are met in float: there is nothing to quantize")
+            raise BudgetError(
+                "the limits are met in float: there is nothing to quantize; lower them, or leave "
+                "MixedPrecision out"
+            )
         return rounded
 
     def allowed(self, costs: BitCosts, corrected: float = 1.0) -> dict[str, float]:
@@ -83,11 +87,16 @@ class Program:
             if key == "latency_ms":
                 allowed[key] *= corrected
             if used > allowed[key]:
-                least = "with the fewest bits in every layer it is"
+                share = f"{100 * used / whole:.3g}%"
                 if key == "latency_ms":
-                    least = "by what was timed, the fastest mixture of integers and float takes"
+                    raise BudgetError(
+                        f"{key} {asked} can't be reached: by what was timed, the fastest mixture "
+                        f"of integers and float takes {used:.3g} ms, {share} of {whole:.3g} ms in "
+                        f"float; {ADVICE}"
+                    )
                 raise BudgetError(
-                    f"{key} {asked} can't be reached: {least} {used:.6g}, {100 * used / whole:.3g}%"
+                    f"{key} {asked} can't be reached: with the fewest bits in every layer it is "
+                    f"{used:.6g}, {share}"
                 )
         return allowed
 

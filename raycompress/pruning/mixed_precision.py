@@ -27,7 +27,7 @@ from raycompress.budget import Budget, read_limit
 from raycompress.candidate import Candidate, Trial
 from raycompress.errors import BudgetError, ConfigError, EvaluationError
 from raycompress.importing import named, resolve
-from raycompress.pruning.bit_allocation import LIMITS, Program, falling
+from raycompress.pruning.bit_allocation import ADVICE, LIMITS, Program, falling
 from raycompress.pruning.bit_costs import FLOAT, BitCosts, Choice
 from raycompress.pruning.pruner import Problem, Pruner
 from raycompress.pruning.solver import Floats
@@ -167,15 +167,40 @@ class MixedPrecision(Pruner):
             costs = yield from timed.priced(bases)
         priced = [(base, own) for (base, _), own in zip(bases, costs, strict=True)]
         losses = yield from self._probes(problem)
+        ratios: Mapping[Candidate, float] = {}
         if self.latency_ms is None:
             proposals = self._proposals(problem, priced, losses, 1.0)
         else:
-            proposals = yield from self._within(problem, priced, losses, timed, self.latency_ms)
+            ratios = yield from self._within(problem, priced, losses, timed, self.latency_ms)
+            proposals = list(ratios)
         trials = yield Race(tuple(proposals), objective=self.objective)
         alive = [trial for trial in trials if trial.judged]
         if not alive:
             raise EvaluationError(f"every allocation of bits failed: {trials[0].failure}")
-        return min(alive, key=self._energy).candidate
+        winner = min(alive, key=self._energy).candidate
+        problem.report(self._figures(winner, dict(priced), ratios))
+        yield [winner]  # a step that costs nothing, to have its figures
+        return winner
+
+    def _figures(
+        self,
+        winner: Candidate,
+        priced: Mapping[Candidate, BitCosts],
+        ratios: Mapping[Candidate, float],
+    ) -> dict[str, float]:
+        """What the winner takes of all that is limited; latency as predicted and as timed."""
+        costs = priced[replace(winner, quantize=None)]
+        assert winner.quantize is not None
+        bits = {name: (each.weight, each.input) for name, each in winner.quantize.choices}
+        choices: dict[str, Choice] = dict.fromkeys(costs.layers, (FLOAT, None))
+        choices |= {n: (FLOAT if w is None else w, given) for n, (w, given) in bits.items()}
+        figures = {key: costs.value(key, choices) for key in self._program().limits}
+        if winner in ratios:
+            limit = read_limit(self.latency_ms or "", "MixedPrecision.latency_ms")
+            figures["latency_float_ms"] = costs.float_ms
+            figures["latency_limit_ms"] = limit.absolute(costs.float_ms)
+            figures["latency_timed_ms"] = ratios[winner] * figures["latency_limit_ms"]
+        return figures
 
     def _within(
         self,
@@ -184,8 +209,8 @@ class MixedPrecision(Pruner):
         losses: Mapping[str, Floats],
         timed: TimedMixtures,
         limit: str | float,
-    ) -> Generator[Asked, list[Trial], list[Candidate]]:
-        """Proposals that are within the limit on latency as timed, not by sums alone.
+    ) -> Generator[Asked, list[Trial], dict[Candidate, float]]:
+        """Proposals within the limit on latency as timed, not by sums alone, with their part of it.
 
         Sums are off by ten percent and more: where the program's own solution is too slow, or much
         faster than it has to be, the limit that it is given is corrected by that.
@@ -210,13 +235,14 @@ class MixedPrecision(Pruner):
             if math.isinf(nearest):  # the runtime can't take it
                 nearest = min(ratios[each] for each in proposals)
             corrected *= 0.99 / nearest
-        within = [each for each, ratio in ratios.items() if ratio <= 1]
+        within = {each: ratio for each, ratio in ratios.items() if ratio <= 1}
         if not within and all(math.isinf(ratio) for ratio in ratios.values()):
             raise EvaluationError(f"{self.runtime} can run none of the allocations that were found")
         if not within:
             raise BudgetError(
                 f"latency_ms {limit} can't be reached: the fastest allocation that was timed on "
-                f"{self.runtime} takes {min(ratios.values()):.3g} times as long"
+                f"{self.runtime}, batch size {self.batch_size}, takes {min(ratios.values()):.3g} "
+                f"times as long; {ADVICE}"
             )
         return within
 
@@ -237,8 +263,6 @@ class MixedPrecision(Pruner):
             except BudgetError as error:
                 reason = error  # others are narrower
                 continue
-            if not proposals:
-                problem.report({key: costs.value(key, found[0]) for key in program.limits})
             proposals += [replace(base, quantize=self._quantization(each)) for each in found]
         if not proposals:
             assert reason is not None

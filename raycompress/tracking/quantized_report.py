@@ -57,6 +57,13 @@ def quantized_section(result: JobResult) -> list[str]:
                 f"{', '.join(quantized.in_float)}.",
                 "",
             ]
+        if quantized.kept_float:
+            parts += [
+                f"{trial.name}: {quantized.num_layers} layers are quantized; in float stay "
+                f"{', '.join(quantized.kept_float)}.",
+                "",
+            ]
+        parts += _latency(trial)
         if quantized.runs == "simulation":
             where = f"stored as {quantized.backend}, " if quantized.backend else "not lowered: "
             parts += [
@@ -65,6 +72,24 @@ def quantized_section(result: JobResult) -> list[str]:
                 "",
             ]
     return parts
+
+
+def _latency(trial: TrialResult) -> list[str]:
+    """Of a search within a limit on measured latency: the limit, and what it counted with."""
+    figures: dict[str, float] = {}
+    for step in trial.curve:
+        figures |= step.figures
+    if "latency_limit_ms" not in figures:
+        return []
+    return [
+        f"{trial.name}: limit on latency {figures['latency_limit_ms']:.3g} ms, of "
+        f"{figures['latency_float_ms']:.3g} ms in float on the same runtime; what was found was "
+        f"predicted to take {figures['latency_ms']:.3g} ms and timed at "
+        f"{figures['latency_timed_ms']:.3g} ms. Predictions were off by "
+        f"{100 * figures.get('latency_error', 0.0):.0f} % in the mean of mixtures that were timed "
+        "for that.",
+        "",
+    ]
 
 
 def _title(result: JobResult) -> str:
@@ -100,6 +125,8 @@ def _cells(result: JobResult) -> tuple[list[str], list[list[str]]]:
             ]
         )
         layers = f"{quantized.layers_integer} of {quantized.layers_asked}"
+        if quantized.kept_float:
+            layers += f", {len(quantized.kept_float)} in float"
         same = "" if quantized.agreement is None else f"{100 * quantized.agreement:.2f} %, "
         share = quantized.file_bytes / max(quantized.float_bytes, 1)
         cost = _cost(quantized.file_bytes, own.latency)

@@ -117,6 +117,7 @@ def drive(pruner, problem):
             asked.append((step, trials))
             step = search.send(trials)
     except StopIteration as stop:
+        assert asked.pop()[0] == [stop.value]  # once more, to have its figures
         return asked, stop.value
 
 
@@ -162,7 +163,12 @@ def test_error_says_what_sums_dont_know(tmp_path):
 
 def test_the_winner_loses_least_of_what_is_fast_enough(tmp_path):
     problem, executor = made_up(tmp_path)
-    asked, winner = drive(limited("75%"), problem)
+    figures = {}
+    asked, winner = drive(limited("75%"), replace(problem, report=figures.update))
+    assert figures["latency_float_ms"] == 15.5 and figures["latency_limit_ms"] == 0.75 * 15.5
+    own = executor.true_ms(winner)[0]
+    assert figures["latency_timed_ms"] == pytest.approx(own) == figures["latency_ms"]
+    assert figures["latency_error"] < 1e-4
     kinds = [type(step).__name__ for step, _ in asked]
     assert kinds[:3] == ["Timings", "Timings", "Probes"] and kinds[-1] == "Race"
     assert set(kinds[3:-1]) == {"Timings"}
@@ -201,7 +207,7 @@ def test_what_is_too_slow_as_timed_never_wins(tmp_path):
 
 def test_limits_that_cant_be_met(tmp_path):
     problem, _ = made_up(tmp_path)
-    said = r"latency_ms 50% can't be reached: by what was timed, the fastest mixture .* 8.5, 54.8%"
+    said = r"latency_ms 50% can't be reached: .* the fastest mixture .* 8.5 ms, 54.8% of 15.5 ms"
     with pytest.raises(BudgetError, match=said):
         drive(limited("50%"), problem)
     with pytest.raises(BudgetError, match="the limits are met in float: there is nothing to"):
