@@ -7,6 +7,7 @@ one for all, which changes nothing, else to one of its own.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -101,8 +102,10 @@ def integer_program(
     """
     layers, asked = integer_layers(model, example_inputs, int32_bias=int32_bias)
     program, inputs, _ = exported(layers, Inputs.of(example_inputs))
-    # Without in-place operators.
-    traced = program.run_decompositions({}).module(check_guards=False)
+    with warnings.catch_warnings():  # torch copies what it calls deprecated itself
+        warnings.filterwarnings("ignore", r".*LeafSpec", FutureWarning)
+        # Without in-place operators.
+        traced = program.run_decompositions({}).module(check_guards=False)
     module = fx.GraphModule(traced, traced.graph)
     linear = [
         node
