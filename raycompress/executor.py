@@ -17,12 +17,13 @@ from dataclasses import asdict, replace
 from fractions import Fraction
 from typing import Any, Self
 
-from raycompress.candidate import Candidate, Ranking, Shard, Trial, digest_of
+from raycompress.candidate import Candidate, Ranking, Trial, digest_of
 from raycompress.dfe import Prices
 from raycompress.errors import RaycompressError, StorageError
 from raycompress.identity import structure_digest
 from raycompress.ledger import Ledger
 from raycompress.on_runtime import FLOAT
+from raycompress.records import Record, answered, recalled, record_of, timing_records
 from raycompress.search import Timings
 from raycompress.storage import Place
 from raycompress.structure import Structure
@@ -70,7 +71,7 @@ class LedgerExecutor(ABC):
         self.progress = progress
         self._dfe = Fraction()
         self.num_evaluated = 0
-        self._memory: dict[str, Mapping[str, Any]] = {}
+        self._memory: dict[str, Record] = {}
         self._in_vain: set[str] = set()
         self._structure = structure_digest(structure)
         self._slim: dict[str, dict[str, int]] = {}
@@ -199,68 +200,42 @@ class LedgerExecutor(ABC):
 
     def timed(self, asked: Timings) -> list[Trial]:
         """Times candidates on a runtime, together; the ledger answers what was timed before."""
-        timing = {"runtime": asked.runtime, "batch_size": asked.batch_size}
-        whole = [candidate.key() for candidate in asked.candidates]
-        together = {**timing, "candidates": whole, "floats": list(asked.floats)}
-        together["place"] = self.timing_place
-        keys = [self._key("timing", {**together, "index": i}) for i in range(len(whole))]
+        what = {
+            "runtime": asked.runtime,
+            "batch_size": asked.batch_size,
+            "candidates": [candidate.key() for candidate in asked.candidates],
+            "floats": list(asked.floats),
+            "place": self.timing_place,
+        }
+        num = len(asked.candidates)
+        keys = [self._key("timing", {**what, "index": index}) for index in range(num)]
         found = [self._find(key) for key in keys]
-        records: Sequence[Mapping[str, Any]] = [record for record in found if record is not None]
-        replayed = len(records) == len(keys)
+        records: Sequence[Record] = [record for record in found if record is not None]
+        replayed = len(records) == num
         if not replayed:
-            records = self._time(asked, timing)
+            records = self._time(asked)
             if records[0]["failure"] is None:  # else another run of the job tries again
                 self._store(dict(zip(keys, records, strict=True)))
                 if self.ledger is not None:
                     self.ledger.commit()
         return [
-            Trial(
-                candidate,
-                failure=record["failure"],
-                seconds=record["seconds"],
-                replayed=replayed,
-                latency_ms=record["latency_ms"],
-                float_ms=record["float_ms"],
-            )
+            recalled(candidate, record, replayed=replayed)
             for candidate, record in zip(asked.candidates, records, strict=True)
         ]
 
-    def _time(self, asked: Timings, timing: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Records of what was timed just now."""
+    def _time(self, asked: Timings) -> list[dict[str, Any]]:
         named = {str(index): candidate for index, candidate in enumerate(asked.candidates)}
-        floats = {FLOAT + name: c for name, c in named.items() if int(name) in asked.floats}
+        named |= {FLOAT + str(index): asked.candidates[index] for index in asked.floats}
         start = time.perf_counter()
-        fast: dict[str, float] = {}
-        failures: dict[str, str] = {}
+        rows: Sequence[LatencyRow] | str
         try:
-            rows = self.latency(
-                named | floats, (asked.batch_size,), TIMED_PASSES, TIMED_SECONDS, asked.runtime
-            )
-            failures = {row.name: row.failure for row in rows if row.failure}
-            # What else the machine does only adds to a pass: its low percentiles say more.
-            fast = {row.name: round(row.p10_ms, 6) for row in rows if not row.failure}
+            sizes = (asked.batch_size,)
+            rows = self.latency(named, sizes, TIMED_PASSES, TIMED_SECONDS, asked.runtime)
         except StorageError:
             raise
         except RaycompressError as error:  # such as a replica that was lost
-            failures = dict.fromkeys(named, f"{type(error).__name__}: {error}")
-        seconds = round((time.perf_counter() - start) / len(named), 6)
-        return [
-            {
-                "kind": "timing",
-                "candidate": candidate.key(),
-                **timing,
-                "latency_ms": fast.get(name),
-                "float_ms": fast.get(FLOAT + name),
-                "split": None,
-                "shards": [],
-                "failure": failures.get(name, failures.get(FLOAT + name)),
-                "weights": None,
-                "seconds": seconds,
-                "dfe": 0.0,
-                "worker": "",
-            }
-            for name, candidate in named.items()
-        ]
+            rows = f"{type(error).__name__}: {error}"
+        return timing_records(asked, rows, time.perf_counter() - start)
 
     def _answer(self, candidates: Sequence[Candidate], split: Split) -> list[Trial]:
         trained = self._train([c for c in candidates if c.collect is None and c.training])
@@ -378,15 +353,7 @@ class LedgerExecutor(ABC):
             if record is None or (record.get("again") and key not in self._in_vain):
                 missing.append(candidate)
             else:
-                trials[candidate] = Trial(
-                    candidate,
-                    shards=tuple(Shard(*sums) for sums in record["shards"]),
-                    failure=record["failure"],
-                    weights=record["weights"],
-                    seconds=record["seconds"],
-                    dfe=record["dfe"],
-                    replayed=True,
-                )
+                trials[candidate] = recalled(candidate, record)
         return trials, missing
 
     def _record(
@@ -397,46 +364,22 @@ class LedgerExecutor(ABC):
         dfe: float,
         split: Split | None = None,
     ) -> Trial:
-        failure = next((r.failure for r in results if r.failure is not None), None)
-        shards = () if failure is not None else tuple(s for r in results for s in r.shards)
-        trial = Trial(
-            candidate,
-            shards=shards,
-            failure=failure,
-            weights=results[0].weights,
-            seconds=sum(r.seconds for r in results),
-            dfe=dfe,
-        )
-        stored = candidate.training is not None or candidate.collect is not None
-        record = {
-            "kind": "collection"
-            if candidate.collect is not None
-            else "training"
-            if candidate.training is not None
-            else "evaluation",
-            "candidate": candidate.key(),
-            "split": split,
-            "shards": [[s.count, s.score, s.loss] for s in shards],
-            "failure": failure,
-            "weights": trial.weights,
-            "seconds": round(trial.seconds, 6),
-            "dfe": dfe,
-            "worker": ",".join(sorted({r.worker for r in results})),
-        }
-        if failure is not None and any(r.again for r in results):
+        trial = answered(candidate, results, dfe)
+        record = record_of(trial, results, split)
+        if trial.failure is not None and any(r.again for r in results):
             # A search that asks once more is answered; another run of the job tries again.
             record["again"] = True
             self._in_vain.add(key)
         self._dfe += Fraction(dfe)
-        if stored and failure is not None:
+        if trial.failure is not None and record["kind"] != "evaluation":
             return trial  # not recorded: the next run tries again
         self._store({key: record})
         return trial
 
-    def _find(self, key: str) -> Mapping[str, Any] | None:
+    def _find(self, key: str) -> Record | None:
         return self._memory.get(key) if self.ledger is None else self.ledger.get(key)
 
-    def _store(self, records: Mapping[str, Mapping[str, Any]]) -> None:
+    def _store(self, records: Mapping[str, Record]) -> None:
         if self.ledger is None:
             self._memory |= records
         else:
