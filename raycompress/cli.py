@@ -113,6 +113,7 @@ def _run(config: JobConfig, json: bool, quiet: bool, changed: bool) -> None:
     from raycompress.driver import run
     from raycompress.progress import progress_for
     from raycompress.storage import place_of
+    from raycompress.tracking.quantized_report import latency_note
     from raycompress.tracking.report import tables
 
     progress = progress_for(quiet)
@@ -132,6 +133,8 @@ def _run(config: JobConfig, json: bool, quiet: bool, changed: bool) -> None:
                 f"(relative error {trial.verification.max_error:.1e})",
                 highlight=False,
             )
+        for note in latency_note(trial):
+            console.print(note, highlight=False, markup=False)
     for study in dict.fromkeys(row.study for row in result.samples):
         console.print(_samples(result, study), highlight=False, markup=False)
     if result.model_uri:

@@ -254,6 +254,8 @@ def time_quantized(
     for name, reason in {row.name: row.failure for row in rows if row.failure}.items():
         progress.message(f"timing {name} on {backend} failed: {reason}")
     rows = [row for row in rows if not row.failure]
+    present = {row.name for row in rows}  # one without the other says nothing
+    asked = {n: each for n, each in asked.items() if {n, FLOAT + n} <= present}
 
     def of(name: str) -> tuple[Latency, ...]:
         # Memory that a runtime takes by itself isn't seen.

@@ -53,12 +53,15 @@ class Backend(types.ModuleType):
     def __init__(self):
         super().__init__("made_up_backend")
         self.calls, self.fed, self.wrong, self.missing = 0, 0, False, 0
+        self.untimed: tuple[str, ...] = ()
 
     def check(self):
         pass
 
     def lower(self, model, float_model, example_inputs, folder, feed, how):
         self.calls += 1
+        if folder.name in self.untimed:  # numbered where models are timed
+            raise VerificationError("no such kernel there")
         counted = []
         handle = model.register_forward_hook(lambda *_: counted.append(1))
         feed(model)
@@ -202,6 +205,18 @@ def test_a_stopped_job_continues_between_any_two_stages(
     for one, two in zip(result.trials, whole[1].trials, strict=True):
         assert one.quantized.weights == two.quantized.weights
         assert one.row("lowered").score_test == two.row("lowered").score_test
+
+
+@pytest.mark.parametrize("untimed", [("0",), ("1",), ("0", "1")])
+def test_models_that_cant_be_timed_are_published_without_latency(backend, tmp_path, untimed):
+    backend.untimed = untimed
+    result = run({**JOB, "output": str(tmp_path)})
+    timed = [trial.row("lowered").latency for trial in result.trials]
+    assert [not latency for latency in timed] == [str(i) in untimed for i in range(2)]
+    for trial, latency in zip(result.trials, timed, strict=True):
+        assert len(latency) == len(trial.quantized.float_latency) and trial.failure is None
+    lines = [line for line in report_markdown(result).splitlines() if ": QAT |" in line]
+    assert len(lines) == 2 and len({line.count("|") for line in lines}) == 1
 
 
 def test_another_model_on_the_backend_is_not_published(backend, tmp_path):

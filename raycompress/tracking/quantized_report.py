@@ -9,7 +9,7 @@ from rich.table import Table
 from raycompress.results import JobResult, Latency, ModelRow, TrialResult
 from raycompress.tracking.cells import markdown_table
 
-__all__ = ["quantized_section", "quantized_table"]
+__all__ = ["latency_note", "quantized_section", "quantized_table"]
 
 
 def quantized_table(result: JobResult) -> Table | None:
@@ -63,7 +63,7 @@ def quantized_section(result: JobResult) -> list[str]:
                 f"{', '.join(quantized.kept_float)}.",
                 "",
             ]
-        parts += _latency(trial)
+        parts += [line for note in latency_note(trial) for line in (note, "")]
         if quantized.runs == "simulation":
             where = f"stored as {quantized.backend}, " if quantized.backend else "not lowered: "
             parts += [
@@ -74,8 +74,8 @@ def quantized_section(result: JobResult) -> list[str]:
     return parts
 
 
-def _latency(trial: TrialResult) -> list[str]:
-    """Of a search within a limit on measured latency: the limit, and what it counted with."""
+def latency_note(trial: TrialResult) -> list[str]:
+    """Of a search within a limit on measured latency, in words; of others nothing."""
     figures: dict[str, float] = {}
     for step in trial.curve:
         figures |= step.figures
@@ -87,8 +87,7 @@ def _latency(trial: TrialResult) -> list[str]:
         f"predicted to take {figures['latency_ms']:.3g} ms and timed at "
         f"{figures['latency_timed_ms']:.3g} ms. Predictions were off by "
         f"{100 * figures.get('latency_error', 0.0):.0f} % in the mean of mixtures that were timed "
-        "for that.",
-        "",
+        "for that."
     ]
 
 
@@ -105,23 +104,28 @@ def _cells(result: JobResult) -> tuple[list[str], list[list[str]]]:
     """Header and rows: for each model that was lowered its float twin, then itself."""
     trials = [t for t in _quantized(result) if t.quantized and t.quantized.backend]
     trials.sort(key=lambda trial: bool(trial.pruner))  # the dense model first
-    sizes = [latency.batch_size for trial in trials[:1] for latency in trial.rows[-1].latency]
+    timed = next((trial.rows[-1].latency for trial in trials if trial.rows[-1].latency), ())
+    sizes = [latency.batch_size for latency in timed]
     header = ["model", "bits", "in integers", f"{result.score_name} test", "as simulated", "file"]
     header += [f"ms, batch {size}" for size in sizes]
     header += ["size x latency"] if sizes else []
-    rows, base = [], None
+    rows: list[list[str]] = []
+    base = 0.0
     for trial in trials:
         quantized, own = trial.quantized, trial.row("lowered")
         assert quantized is not None and own is not None
         before = _before(trial)
         cost = _cost(quantized.float_bytes, quantized.float_latency)
-        base = cost if base is None else base
+        base = base or cost
         rows.append(
             [
                 *(f"{trial.name}: float", "-", "-", _score(before), "-"),
                 _size(quantized.float_bytes),
-                *(f"{each.median_ms:.3f}" for each in quantized.float_latency),
-                *([f"{cost / base:.3f}"] if cost and base else []),
+                *(
+                    [f"{each.median_ms:.3f}" for each in quantized.float_latency]
+                    or ["-"] * len(sizes)
+                ),
+                *([f"{cost / base:.3f}" if cost and base else "-"] if sizes else []),
             ]
         )
         layers = f"{quantized.layers_integer} of {quantized.layers_asked}"
@@ -139,10 +143,13 @@ def _cells(result: JobResult) -> tuple[list[str], list[list[str]]]:
                 f"{same}{quantized.difference:.3f}",
                 f"{_size(quantized.file_bytes)} ({100 * share:.0f}%)",
                 *(
-                    f"{each.median_ms:.3f}, {slow.median_ms / each.median_ms:.2f}x"
-                    for each, slow in zip(own.latency, quantized.float_latency, strict=True)
+                    [
+                        f"{each.median_ms:.3f}, {slow.median_ms / each.median_ms:.2f}x"
+                        for each, slow in zip(own.latency, quantized.float_latency, strict=True)
+                    ]
+                    or ["-"] * len(sizes)
                 ),
-                *([f"{cost / base:.3f}"] if cost and base else []),
+                *([f"{cost / base:.3f}" if cost and base else "-"] if sizes else []),
             ]
         )
     return header, rows
