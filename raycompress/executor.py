@@ -19,10 +19,10 @@ from typing import Any, Self
 
 from raycompress.candidate import Candidate, Ranking, Trial, digest_of
 from raycompress.dfe import Prices
-from raycompress.errors import RaycompressError, StorageError
+from raycompress.errors import StorageError
 from raycompress.identity import structure_digest
 from raycompress.ledger import Ledger
-from raycompress.on_runtime import FLOAT
+from raycompress.on_runtime import FLOAT_OF
 from raycompress.records import Record, answered, recalled, record_of, timing_records
 from raycompress.search import Timings
 from raycompress.storage import Place
@@ -134,7 +134,7 @@ class LedgerExecutor(ABC):
             repeats: Timed passes of each.
             max_seconds: As of `structure.measure`.
             runtime: Backend that quantized ones are lowered to first; a name that begins with
-                `FLOAT` then means the float model that a candidate was made of. "": they run as
+                `FLOAT_OF` then means the float model that a candidate was made of. "": they run as
                 they are.
         """
 
@@ -225,7 +225,7 @@ class LedgerExecutor(ABC):
 
     def _time(self, asked: Timings) -> list[dict[str, Any]]:
         named = {str(index): candidate for index, candidate in enumerate(asked.candidates)}
-        named |= {FLOAT + str(index): asked.candidates[index] for index in asked.floats}
+        named |= {FLOAT_OF + str(index): asked.candidates[index] for index in asked.floats}
         start = time.perf_counter()
         rows: Sequence[LatencyRow] | str
         try:
@@ -233,7 +233,7 @@ class LedgerExecutor(ABC):
             rows = self.latency(named, sizes, TIMED_PASSES, TIMED_SECONDS, asked.runtime)
         except StorageError:
             raise
-        except RaycompressError as error:  # such as a replica that was lost
+        except Exception as error:  # such as a lost replica; whatever it is, it isn't recorded
             rows = f"{type(error).__name__}: {error}"
         return timing_records(asked, rows, time.perf_counter() - start)
 

@@ -13,10 +13,11 @@ from raycompress.candidate import Candidate
 from raycompress.errors import EvaluationError, StorageError
 from raycompress.quantization.lowering import Lowered, lowering
 from raycompress.structure.latency.measure import batch_of, forward
+from raycompress.units import lacks_memory
 
-__all__ = ["FLOAT", "on_runtime"]
+__all__ = ["FLOAT_OF", "on_runtime"]
 
-FLOAT = "float of "
+FLOAT_OF = "float of "
 """Before a candidate's name: the float model that it was made of, on the same runtime."""
 
 
@@ -32,7 +33,7 @@ def on_runtime(
     Args:
         builder: Builds them, on whatever device.
         candidates: By name, each with `quantize` or of weights that are quantized. Where the name
-            begins with `FLOAT`, the float model is meant.
+            begins with `FLOAT_OF`, the float model is meant.
         runtime: A backend that computes in integers.
         batch_sizes: That they are tried at.
         folder: Of the files; empty.
@@ -49,16 +50,18 @@ def on_runtime(
         place = folder / str(index)
         place.mkdir()
         try:
-            with_float = any(name.startswith(FLOAT) for name in own)
+            with_float = any(name.startswith(FLOAT_OF) for name in own)
             lowered = _lowered(builder, candidate, runtime, place, with_float)
             for name in own:
-                model = lowered.reference if name.startswith(FLOAT) else lowered.model
+                model = lowered.reference if name.startswith(FLOAT_OF) else lowered.model
                 assert model is not None
                 _try(builder, model, batch_sizes)
                 models[name] = model
-        except StorageError:  # no candidate's failure
+        except (StorageError, OSError):  # no candidate's failure
             raise
         except Exception as error:
+            if lacks_memory(error):  # another process may have more
+                raise
             lines = str(error).strip().splitlines()
             reason = f"{type(error).__name__}: {lines[0] if lines else ''}"
             failures |= {name: reason for name in own if name not in models}

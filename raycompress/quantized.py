@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from raycompress.candidate import Candidate
-from raycompress.errors import EvaluationError
+from raycompress.errors import EvaluationError, RaycompressError, StorageError
 from raycompress.executor import LedgerExecutor
 from raycompress.lowered import look, lower_model
 from raycompress.measured import Measured, final_model, latency_of
-from raycompress.on_runtime import FLOAT
+from raycompress.on_runtime import FLOAT_OF
 from raycompress.plan import Plan
 from raycompress.progress import Progress
 from raycompress.quantization import Quantization
@@ -242,20 +242,22 @@ def time_quantized(
     backend = plan.quantize.section.lower
     try:
         rows = pool.latency(
-            candidates | {FLOAT + name: candidate for name, candidate in candidates.items()},
+            candidates | {FLOAT_OF + name: candidate for name, candidate in candidates.items()},
             settings.batch_sizes,
             settings.repeats,
             settings.max_seconds,
             backend,
         )
-    except EvaluationError as error:  # the models are made, and sound
+    except StorageError:
+        raise
+    except RaycompressError as error:  # the models are made, and sound
         progress.message(f"timing on {backend} failed: {error}")
         return dict(made)
     for name, reason in {row.name: row.failure for row in rows if row.failure}.items():
         progress.message(f"timing {name} on {backend} failed: {reason}")
     rows = [row for row in rows if not row.failure]
     present = {row.name for row in rows}  # one without the other says nothing
-    asked = {n: each for n, each in asked.items() if {n, FLOAT + n} <= present}
+    asked = {n: each for n, each in asked.items() if {n, FLOAT_OF + n} <= present}
 
     def of(name: str) -> tuple[Latency, ...]:
         # Memory that a runtime takes by itself isn't seen.
@@ -264,7 +266,7 @@ def time_quantized(
     timed = dict(made)
     for name, each in asked.items():
         *others, last = each.rows
-        result = replace(each.result, float_latency=of(FLOAT + name))
+        result = replace(each.result, float_latency=of(FLOAT_OF + name))
         timed[name] = Quantized((*others, replace(last, latency=of(name))), result)
     return timed
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raycompress.candidate import Candidate, Shard, Trial
-from raycompress.on_runtime import FLOAT
+from raycompress.on_runtime import FLOAT_OF
 from raycompress.search import Timings
 from raycompress.structure.latency.measure import LatencyRow
 from raycompress.task import Split
@@ -57,7 +57,7 @@ def timing_records(
     """What is kept of candidates that were timed together.
 
     Args:
-        asked: Names of rows are indices of its candidates, behind `FLOAT` those of float models.
+        asked: Names of rows are indices of its candidates, behind `FLOAT_OF` those of float models.
         rows: What was measured, or why nothing could be.
         seconds: That it took.
     """
@@ -76,10 +76,10 @@ def timing_records(
             "runtime": asked.runtime,
             "batch_size": asked.batch_size,
             "latency_ms": fast.get(name),
-            "float_ms": fast.get(FLOAT + name),
+            "float_ms": fast.get(FLOAT_OF + name),
             "split": None,
             "shards": [],
-            "failure": failures.get(name, failures.get(FLOAT + name)),
+            "failure": failures.get(name, failures.get(FLOAT_OF + name)),
             "weights": None,
             "seconds": round(seconds / len(asked.candidates), 6),
             "dfe": 0.0,

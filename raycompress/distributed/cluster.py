@@ -125,25 +125,34 @@ def check_feasible(bundles: Sequence[Mapping[str, float]], what: str, timeout: f
         ray.util.remove_placement_group(group)
 
 
-def reserve(bundles: Sequence[Mapping[str, float]], who: str, timeout: float) -> Any:
+def reserve(
+    bundles: Sequence[Mapping[str, float]],
+    who: str,
+    timeout: float,
+    patience: float | None = None,
+) -> Any:
     """Sets bundles aside, all at once, and waits while others hold what they need.
 
     Args:
         bundles: Resources by name, the same for all.
         who: Who asks, for messages, such as "4 replicas".
         timeout: As of `check_feasible`; whether they can still fit is looked at as often.
+        patience: Seconds after which others have held it for too long; None: there is no such time.
 
     Returns:
         Ray's placement group, for `ray.util.remove_placement_group`.
 
     Raises:
-        ClusterError: They can never fit, or not any more.
+        ClusterError: They can never fit, or not any more, or not for longer than that.
     """
     check_feasible(bundles, f"{who} don't fit", timeout)
     group = ray.util.placement_group([dict(each) for each in bundles])
     try:
-        looked, told = time.monotonic(), False
+        began = looked = time.monotonic()
+        told = False
         while not group.wait(1.0):
+            if patience is not None and time.monotonic() - began > patience:
+                raise ClusterError(f"{who}: others held what it needs for {patience:g} s")
             waited = time.monotonic() - looked
             if waited > QUIET_SECONDS and not told:
                 _log.warning("%s wait: others hold what they need of %s", who, describe())

@@ -94,7 +94,7 @@ class ReplicaPool(LedgerExecutor):
         self.num_lost = 0
         self._shared = shared
         self._target = dict(target or {})
-        self._meter = Meter(cluster, target) if target else None
+        self._meter = Meter(cluster, target, trial=reserved) if target else None
         self._lends_meter = reserved
         self._published: list[Any] = list(shared.weights)
         self._num_started = 0

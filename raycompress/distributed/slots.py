@@ -70,10 +70,15 @@ class Slot:
         shared: SharedSpec,
         published: Sequence[Any],
         strategy: Any = None,
+        *,
+        cpus: float | None = None,
     ) -> Slot:
-        """Asks Ray for a replica, to be scheduled as Ray's own words say; doesn't wait."""
+        """Asks Ray for a replica, to be scheduled as Ray's own words say; doesn't wait.
+
+        `cpus` stand in place of the cluster's.
+        """
         wrap: Any = ray.remote(  # type: ignore[call-overload]  # lacks concurrency_groups
-            num_cpus=cluster.cpus,
+            num_cpus=cluster.cpus if cpus is None else cpus,
             num_gpus=cluster.gpus,
             resources=dict(cluster.resources) or None,
             max_restarts=0,

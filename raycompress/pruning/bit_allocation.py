@@ -76,7 +76,7 @@ class Program:
         """The most of each that is limited, and was timed if it has to be.
 
         Raises:
-            BudgetError: The fewest bits exceed one of them.
+            BudgetError: Even the choices that take least exceed one of them.
         """
         allowed = {}
         for key, asked in self.limits.items():

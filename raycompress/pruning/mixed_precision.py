@@ -40,7 +40,7 @@ from raycompress.wording import near
 
 __all__ = ["MixedPrecision"]
 
-ATTEMPTS = 3
+ATTEMPTS = 4
 """How often the program is given a limit on latency, corrected by what was timed before."""
 ENOUGH = 0.95
 """Of a limit on latency, with which a solution isn't looked for once more."""
@@ -179,7 +179,7 @@ class MixedPrecision(Pruner):
             raise EvaluationError(f"every allocation of bits failed: {trials[0].failure}")
         winner = min(alive, key=self._energy).candidate
         problem.report(self._figures(winner, dict(priced), ratios))
-        yield [winner]  # a step that costs nothing, to have its figures
+        yield [winner]  # which the trial judges in any case, to have its figures
         return winner
 
     def _figures(
@@ -212,29 +212,37 @@ class MixedPrecision(Pruner):
     ) -> Generator[Asked, list[Trial], dict[Candidate, float]]:
         """Proposals within the limit on latency as timed, not by sums alone, with their part of it.
 
-        Sums are off by ten percent and more: where the program's own solution is too slow, or much
-        faster than it has to be, the limit that it is given is corrected by that.
+        Sums are off by ten percent and more: where the program's own solution for a base is too
+        slow, or much faster than it has to be, the limit that it is given is corrected by that.
 
         Raises:
             BudgetError: None is.
         """
-        asked, corrected = read_limit(limit, "MixedPrecision.latency_ms"), 1.0
+        asked = read_limit(limit, "MixedPrecision.latency_ms")
         ratios: dict[Candidate, float] = {}
-        for attempt in range(ATTEMPTS):
-            try:
-                proposals = self._proposals(problem, priced, losses, corrected)
-            except BudgetError:
-                if not attempt:
-                    raise
-                break
-            new = [each for each in proposals if each not in ratios]
-            ratios |= dict(zip(new, (yield from timed.ratios(new, asked)), strict=True))
-            if ENOUGH <= ratios[proposals[0]] <= 1:
-                break
-            nearest = ratios[proposals[0]]
-            if math.isinf(nearest):  # the runtime can't take it
-                nearest = min(ratios[each] for each in proposals)
-            corrected *= 0.99 / nearest
+        reason: BudgetError | None = None
+        for pair in priced:
+            corrected = before = 1.0
+            for attempt in range(ATTEMPTS):
+                try:
+                    proposals = self._proposals(problem, [pair], losses, corrected)
+                except BudgetError as error:
+                    if not attempt:
+                        reason = error  # others are narrower
+                        break
+                    corrected = (corrected + before) / 2
+                    continue
+                before = corrected
+                new = [each for each in proposals if each not in ratios]
+                ratios |= dict(zip(new, (yield from timed.ratios(new, asked)), strict=True))
+                solution = ratios[proposals[0]]
+                if math.isinf(solution):  # the runtime can't take it
+                    solution = min(ratios[each] for each in proposals)
+                if ENOUGH <= solution <= 1 or math.isinf(solution):
+                    break
+                corrected *= 0.99 / solution
+        if not ratios and reason is not None:
+            raise reason
         within = {each: ratio for each, ratio in ratios.items() if ratio <= 1}
         if not within and all(math.isinf(ratio) for ratio in ratios.values()):
             raise EvaluationError(f"{self.runtime} can run none of the allocations that were found")

@@ -114,7 +114,8 @@ class TimedMixtures:
             bases: Pruned or dense, in float, with their kept counts.
         """
         times = yield from self.layers()
-        self.problem.report({"latency_error": times.error.mean})
+        if times.error.num:
+            self.problem.report({"latency_error": times.error.mean})
         ends = [replace(base, quantize=self._integers()) for base, _ in bases]
         pruned = [end for end in ends if end != self._in_float(())]
         timed = dict(zip(pruned, (yield from self.time(pruned, floats=True)), strict=True))

@@ -81,14 +81,18 @@ def latency_note(trial: TrialResult) -> list[str]:
         figures |= step.figures
     if "latency_limit_ms" not in figures:
         return []
-    return [
+    note = (
         f"{trial.name}: limit on latency {figures['latency_limit_ms']:.3g} ms, of "
         f"{figures['latency_float_ms']:.3g} ms in float on the same runtime; what was found was "
         f"predicted to take {figures['latency_ms']:.3g} ms and timed at "
-        f"{figures['latency_timed_ms']:.3g} ms. Predictions were off by "
-        f"{100 * figures.get('latency_error', 0.0):.0f} % in the mean of mixtures that were timed "
-        "for that."
-    ]
+        f"{figures['latency_timed_ms']:.3g} ms."
+    )
+    if "latency_error" in figures:
+        note += (
+            f" Predictions were off by {100 * figures['latency_error']:.0f} % in the mean of "
+            "mixtures that were timed for that."
+        )
+    return [note]
 
 
 def _title(result: JobResult) -> str:

@@ -132,11 +132,11 @@ def test_latency_is_measured_at_the_target_device(toy: Toy, growing: Cluster) ->
         assert pool._meter.slot.node == phone.node_id
     bits = dict.fromkeys(("conv1", "conv2"), Bits(weight=8, input=8))
     asked = Candidate(toy.digest, quantize=Quantization.of(PTQ(), bits))
-    one_core = ClusterConfig(replicas=1, cpus=1)
-    target = {"phone": 1, "CPU": 1}
+    target = {"phone": 0.9, "CPU": 1}
+    there = ClusterConfig(replicas=1, cpus=1, resources={"phone": 0.001})  # on the phone's only CPU
     with (
-        ReplicaPool(toy.spec(), one_core, target=target, reserved=True) as one,
-        ReplicaPool(toy.spec(), one_core, target=target, reserved=True) as two,
+        ReplicaPool(toy.spec(), there, target=target, reserved=True) as one,
+        ReplicaPool(toy.spec(), two_cores, target=target, reserved=True) as two,
         ThreadPoolExecutor(2) as both,
     ):
         # Two trials and one device: the second waits, and has it when the first has measured.

@@ -13,7 +13,7 @@ from raycompress.candidate import Candidate
 from raycompress.errors import BudgetError, ConfigError, EvaluationError
 from raycompress.ledger import Ledger, read_ledger
 from raycompress.local import LocalExecutor
-from raycompress.on_runtime import FLOAT
+from raycompress.on_runtime import FLOAT_OF
 from raycompress.pruning import MixedPrecision
 from raycompress.pruning.bit_costs import BitCosts
 from raycompress.pruning.integer_times import IntegerTimes
@@ -64,7 +64,7 @@ class MadeUp(LocalExecutor):
 
     def latency(self, candidates, batch_sizes, repeats, max_seconds=None, runtime=""):
         assert runtime == "onnx" and batch_sizes == (4,)
-        whole = [each for name, each in candidates.items() if not name.startswith(FLOAT)]
+        whole = [each for name, each in candidates.items() if not name.startswith(FLOAT_OF)]
         self.steps = [*getattr(self, "steps", []), whole]
         if self.broken:
             raise EvaluationError(self.broken)
@@ -72,7 +72,7 @@ class MadeUp(LocalExecutor):
         rows = []
         for name, candidate in candidates.items():
             own, whole = self.true_ms(candidate)
-            ms = slow * (whole if name.startswith(FLOAT) else own)
+            ms = slow * (whole if name.startswith(FLOAT_OF) else own)
             if self.cant in in_float(candidate):
                 rows.append(LatencyRow.failed(name, 4, f"no mixture with {self.cant}"))
                 continue
@@ -203,6 +203,25 @@ def test_what_is_too_slow_as_timed_never_wins(tmp_path):
     assert all(executor.true_ms(each)[0] <= 0.75 * 15.5 for each in race.candidates)
     tried = {in_float(c) for step, _ in asked if isinstance(step, Timings) for c in step.candidates}
     assert len(tried) > len(race.candidates)
+
+
+def test_a_correction_that_leads_too_far_is_taken_back_half_way(tmp_path):
+    """The first solution is too slow; corrected by that, the limit is out of reach by sums."""
+    problem, executor = made_up(tmp_path, border=1.0)
+    asked, _ = drive(limited("62%", neighbours=0), problem)
+    within = {in_float(each) for each in asked[-1][0].candidates}
+    assert within - {()}
+    assert all(executor.true_ms(c)[0] <= 0.62 * 15.5 for c in asked[-1][0].candidates)
+
+
+def test_each_width_is_corrected_by_its_own_solution(tmp_path):
+    problem, executor = made_up(tmp_path, border=0.3)
+    pruner = limited("60%", pruner="L1Filter", widths=(1.0, 0.6), neighbours=0)
+    asked, _ = drive(pruner, problem)
+    pruned = [each for each in asked[-1][0].candidates if each.kept]
+    # Not only all in integers: something of it is in float, within the limit.
+    assert any(in_float(each) for each in pruned)
+    assert all(executor.true_ms(each)[0] <= 0.6 * 15.5 for each in asked[-1][0].candidates)
 
 
 def test_limits_that_cant_be_met(tmp_path):

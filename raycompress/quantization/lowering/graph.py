@@ -110,9 +110,11 @@ def integer_program(
     linear = [
         node
         for node in module.graph.nodes
-        if _kind(node) is _ATEN.linear and _is_integer(node) and _end(node) is node
+        if _kind(node) is _ATEN.linear
+        and _is_integer(node)
+        and (_end(node) is node or not int32_bias)
     ]
-    watched = _watch(module)
+    watched = _watch(module, clamped=int32_bias)
     if watched:
         with torch.no_grad():
             feed(module)
@@ -120,7 +122,7 @@ def integer_program(
     for node, range_ in watched.items():
         points += _round(module, node, range_)
     for node in linear:
-        _round(module, node, None)
+        _round(module, _end(node), None)
     module.graph.eliminate_dead_code()
     module.delete_all_unused_submodules()
     module.recompile()
@@ -141,15 +143,16 @@ class _Range(nn.Module):
         return x
 
 
-def _watch(module: fx.GraphModule) -> dict[fx.Node, _Range]:
+def _watch(module: fx.GraphModule, *, clamped: bool) -> dict[fx.Node, _Range]:
     """Puts a range behind each integer convolution, and behind a clamp that alone reads it.
 
-    And behind a clamp of an integer linear layer: onnxruntime makes one float kernel of the two.
+    Where `clamped`, also behind a clamp of an integer linear layer: onnxruntime makes one float
+    kernel of the two.
     """
     found: dict[fx.Node, _Range] = {}
     for node in list(module.graph.nodes):
-        clamped = _kind(node) is _ATEN.linear and _end(node) is not node
-        if (_kind(node) in _CONVOLUTIONS or clamped) and _is_integer(node):
+        linear = clamped and _kind(node) is _ATEN.linear and _end(node) is not node
+        if (_kind(node) in _CONVOLUTIONS or linear) and _is_integer(node):
             name = f"range_{len(found)}"
             range_ = _Range()
             module.add_module(name, range_)
@@ -235,7 +238,7 @@ def _choose(params: set[_Params], range_: _Range) -> _Params:
     """
     if not bool(torch.isfinite(range_.low) & torch.isfinite(range_.high)):
         raise TaskError(
-            "lowering needs the ranges of convolutions' outputs: the calibration data gave none, "
+            "lowering needs the ranges of layers' outputs: the calibration data gave none, "
             "or numbers that aren't finite"
         )
     low, high = float(range_.low), float(range_.high)
