@@ -121,11 +121,6 @@ def _keep_in_float(path: Path) -> None:
     constants = {each.name: each for each in model.graph.initializer}
     makers = {value: node for node in model.graph.node for value in node.output}
     nodes = []
-
-    def constant(name: str, values: Any) -> str:
-        model.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
-        return name
-
     for node in model.graph.node:
         if node.op_type in _ROUNDED_UNASKED and node.input[1] in constants:
             maker = makers.get(node.input[0])
@@ -135,33 +130,42 @@ def _keep_in_float(path: Path) -> None:
             if maker is not None and maker.op_type == "DequantizeLinear":
                 integers, ends, name = maker.input[0], list(maker.input[1:]), f"{node.name}.input"
                 if moved:  # what moves integers goes on moving integers
-                    integers = f"{name}.integers"
-                    nodes.append(
-                        onnx.helper.make_node("QuantizeLinear", [node.input[0], *ends], [integers])
-                    )
-                channels = _channels(node, constants[node.input[1]].dims)
+                    given, integers = [node.input[0], *ends], f"{name}.integers"
+                    nodes.append(onnx.helper.make_node("QuantizeLinear", given, [integers]))
                 scale, zero = (onnx.numpy_helper.to_array(constants[end]) for end in ends)
-                if channels > 1:
-                    each = [
-                        constant(f"{name}.scale", np.full(channels, scale)),
-                        constant(f"{name}.zero_point", np.full(channels, zero)),
-                    ]
-                    nodes.append(
-                        onnx.helper.make_node("DequantizeLinear", [integers, *each], [name], axis=1)
-                    )
-                else:  # a scale for each channel would be one for all
-                    shift = constant(f"{name}.zero_point", zero.astype(np.float32))
-                    steps = [f"{name}.float", f"{name}.steps"]
-                    nodes += [
-                        onnx.helper.make_node("Cast", [integers], steps[:1], to=1),
-                        onnx.helper.make_node("Sub", [steps[0], shift], steps[1:]),
-                        onnx.helper.make_node("Mul", [steps[1], ends[0]], [name]),
-                    ]
+                channels = _channels(node, constants[node.input[1]].dims)
+                made, values = _dequantized(onnx, name, integers, scale, zero, channels)
+                nodes += made
+                model.graph.initializer.extend(values)
                 node.input[0] = name
         nodes.append(node)
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     onnx.save(model, path)
+
+
+def _dequantized(
+    onnx: Any, name: str, integers: str, scale: Any, zero: Any, channels: int
+) -> tuple[list[Any], list[Any]]:
+    """Nodes and constants that make `name` of integers, without one scale for all channels."""
+    make, constant = onnx.helper.make_node, onnx.numpy_helper.from_array
+    ends = [f"{name}.scale", f"{name}.zero_point"]
+    if channels > 1:
+        each = zip((np.full(channels, scale), np.full(channels, zero)), ends, strict=True)
+        return (
+            [make("DequantizeLinear", [integers, *ends], [name], axis=1)],
+            [constant(values, end) for values, end in each],
+        )
+    # A scale for each channel would be one for all.
+    steps = [f"{name}.float", f"{name}.steps"]
+    return (
+        [
+            make("Cast", [integers], [steps[0]], to=onnx.TensorProto.FLOAT),
+            make("Sub", [steps[0], ends[1]], [steps[1]]),
+            make("Mul", [steps[1], ends[0]], [name]),
+        ],
+        [constant(scale, ends[0]), constant(zero.astype(np.float32), ends[1])],
+    )
 
 
 def _channels(node: Any, weight: Sequence[int]) -> int:
