@@ -152,6 +152,7 @@ def test_trials_are_asked_for_one_by_one_told_and_stopped(toy: Toy, few: Few) ->
     assert len(read_ledger(toy.folder / "ledger")) == 3  # a's last step never ran
 
 
+@pytest.mark.slow
 def test_signals_stop_the_trials_and_the_next_run_goes_on(toy: Toy, few: Few) -> None:
     spec = trial(toy, "t", [3, 5, 7], die=1)
     pid_file = toy.folder / "ledger" / "trial-pid"

@@ -393,13 +393,13 @@ def problem_of(task, folder):
     )
 
 
-def test_every_mixture_of_a_net_with_heads_runs_on_onnxruntime(tmp_path):
+def test_mixtures_of_a_net_with_heads_run_on_onnxruntime(tmp_path):
     pytest.importorskip("onnxruntime")
     problem = problem_of(Heads(), tmp_path)
     layers = list(BitCosts.of(problem.model, problem.structure).layers)
     assert len(layers) == 6
     asked = []
-    for floats in ((), *((name,) for name in layers), layers[1:4]):
+    for floats in ((), layers[2:3], layers[4:5], layers[1:4]):
         bits = {name: Bits(weight=8, input=8) for name in layers if name not in floats}
         asked.append(Candidate(problem.weights, quantize=Quantization.of(PTQ(), bits)))
     trials = answer(Timings(tuple(asked), "onnx", 4), problem.executor)
